@@ -1,0 +1,66 @@
+# One environment, made on first use; every target works on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Tests share their machine: two workers, one thread pool each.
+WORKERS ?= 2
+NEWEST ?= python3.13
+
+.PHONY: demo test test-full test-faults docs-faults test-newest parity foreign docs-models lint bench clean
+
+$(VENV)/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
+	touch $@
+
+$(VENV)/.parity: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	touch $@
+
+$(VENV)/.foreign: $(VENV)/.made tests/foreign/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/foreign/requirements.txt
+	touch $@
+
+demo: $(VENV)/.made
+	$(BIN)/python -m experiments.demo
+
+test: $(VENV)/.made
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+
+test-full: $(VENV)/.made
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m 'not parity and not faults and not foreign'
+
+# Whatever may happen to a run.
+test-faults: $(VENV)/.made
+	$(BIN)/python -m pytest -n $(WORKERS) -m faults tests/faults
+
+# The table in docs/faults.md, from a run of every test that stands for a fault.
+docs-faults: $(VENV)/.made
+	$(BIN)/python -m pytest -m 'faults or fault' --write-fault-table docs/faults.md
+
+# The other end of the version range: the newest jax and flax need Python 3.12 or later.
+test-newest:
+	$(MAKE) test PYTHON=$(NEWEST) VENV=.venv-newest
+
+parity: $(VENV)/.parity
+	$(BIN)/python -m pytest -q -m parity tests/parity
+
+# Models of other packages, adapted as they are.
+foreign: $(VENV)/.foreign
+	$(BIN)/python -m pytest -n $(WORKERS) -q -m foreign tests/foreign
+
+# The table in docs/models.md, from the same suite.
+docs-models: $(VENV)/.foreign
+	$(BIN)/python -m pytest -q -m foreign tests/foreign --write-model-table docs/models.md
+
+lint: $(VENV)/.made
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.parity
+	$(BIN)/python -m experiments.bench
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,25 @@
+"""Adapt one base to one task: python -m experiments.train delta.rank=8 seed=0"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowrank.report.tables import show_preview, show_result
+from lowrank.run.door import command
+from lowrank.run.trial import run_trial
+
+
+def train(config: Mapping[str, Any], overrides: Sequence[str]) -> float | None:
+    """Runs the trial, shows it, and returns what a sweeper would maximize."""
+    result = run_trial(config, overrides)
+    if result.get("preview"):
+        show_preview(result)
+        return None
+    show_result(result)
+    validation = result["scores"].get("validation")
+    return validation and validation["metrics"]["accuracy"]["estimate"]
+
+
+main = command(train)
+
+if __name__ == "__main__":
+    main()

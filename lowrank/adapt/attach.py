@@ -1,0 +1,387 @@
+"""A model with its corrections: three trees, one function, one oracle."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lowrank.adapt import inject
+from lowrank.adapt.assign import assign, claim
+from lowrank.adapt.plan import Plan
+from lowrank.adapt.programs import Programs
+from lowrank.adapt.rules import AnyRule, Rule, Train
+from lowrank.adapt.sites import Site, find
+from lowrank.adapt.state import refuse_state
+from lowrank.adapt.verify import Verification, compare
+from lowrank.core.arrays import Dials, Frozen, Key, PyTree, Trained
+from lowrank.core.errors import BadInput, LowrankError
+from lowrank.core.keys import key_for
+from lowrank.core.trees import flatten
+from lowrank.deltas.base import Delta
+
+
+class Adapted:
+    """What `attach` returns: the model as a function of `frozen`, `trained`, `dials`.
+
+    Attributes:
+      sites: The adapted weights by path.
+      rules: The rule that each corrected or trained weight falls under, by path; by
+        the names of layers where rules take layers of a stack.
+      ref_rank: The number every scale is divided by.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        sites: Mapping[str, Site],
+        plans: Mapping[str, Plan],
+        rules: Mapping[str, AnyRule],
+        ref_rank: int,
+        allow_dense: bool,
+    ):
+        self._programs = programs
+        self._leaves, self._structure = programs.leaves, programs.structure
+        self._allow_dense = allow_dense
+        self._plans = plans
+        self.sites = sites
+        self.rules = rules
+        self.ref_rank = ref_rank
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Active components at the start, by path.
+
+        Each layer of a stack counts by itself, as "encoder/layer[3]/query/kernel", so
+        that the sum is the number of components in use; a frozen layer has rank 0.
+        """
+        return {
+            name: rank
+            for path, site in self.sites.items()
+            for name, rank in zip(
+                site.layer_paths, self._plans[path].ranks, strict=True
+            )
+        }
+
+    @property
+    def fully_trained(self) -> tuple[str, ...]:
+        """Paths that are trained whole."""
+        return tuple(p for p, rule in self.rules.items() if isinstance(rule, Train))
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws random numbers: some delta has dropout."""
+        return any(plan.delta.draws for plan in self._plans.values())
+
+    def recipe(self, path: str) -> Delta:
+        """The delta of a site."""
+        return self._plans[path].delta
+
+    def max_rank(self, path: str) -> int:
+        """Components held for a site, or for each layer of a stacked one."""
+        return self._plans[path].max_rank
+
+    def layer_ranks(self, path: str) -> tuple[int, ...]:
+        """Active components at the start of each matrix stacked in a site."""
+        return self._plans[path].ranks
+
+    def init(self, key: Key) -> tuple[Frozen, Trained]:
+        """The frozen tree, which shares the base's arrays, and a fresh trained tree."""
+        return self.frozen(), self.init_trained(key)
+
+    def frozen(self, params: PyTree | None = None) -> dict[str, Any]:
+        """The leaves that are not trained whole: the base's own arrays, uncopied."""
+        leaves = self._leaves if params is None else flatten(params)[0]
+        whole = set(self.fully_trained)
+        return {path: leaf for path, leaf in leaves.items() if path not in whole}
+
+    @property
+    def leaves(self) -> Mapping[str, Any]:
+        """The base's own arrays by path, those that are trained whole included."""
+        return self._leaves
+
+    def init_trained(
+        self, key: Key, leaves: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Draws one trial's factors and fully trained weights; pure, may be vmapped.
+
+        Every weight, layer and component has a key of its own, derived from its
+        name, so that none depends on what else is adapted.
+
+        Args:
+          key: Root of the trial's start.
+          leaves: `self.leaves` as an argument of the program that calls this: left
+            out under `jax.jit`, they are constants of that program, a second base.
+        """
+        return self._draw(key, self._leaves if leaves is None else leaves)
+
+    def trained_shapes(self) -> dict[str, Any]:
+        """Shapes of what `init_trained` draws; needs no weights, only their shapes."""
+        # Layers of an unrolled model are alike: one stands for all of its kind.
+        kinds = {path: self._kind(path) for path in self._plans}
+        first = {kind: path for path, kind in reversed(kinds.items())}
+        paths = [*self.fully_trained, *first.values()]
+        draw = lambda key, leaves: self._draw(key, leaves, paths)
+        shapes = jax.eval_shape(draw, jax.random.key(0), self._leaves)
+        alike = {path: first[kind] for path, kind in kinds.items()}
+        return {p: shapes[alike.get(p, p)] for p in (*self.fully_trained, *alike)}
+
+    def _kind(self, path: str) -> Hashable:
+        """What the shapes of a site's factors depend on."""
+        site, plan = self.sites[path], self._plans[path]
+        axes = (site.ins, site.outs, site.stacks, site.fan_in)
+        return (plan.delta, plan.max_rank, site.shape, self._leaves[path].dtype, axes)
+
+    def _draw(
+        self, key: Key, leaves: Mapping[str, Any], paths: Iterable[str] | None = None
+    ) -> dict[str, Any]:
+        trained: dict[str, Any] = {}
+        for path in (*self.fully_trained, *self._plans) if paths is None else paths:
+            own, leaf, rule = key_for(key, path), leaves[path], self.rules.get(path)
+            if isinstance(rule, Train):
+                trained[path] = rule.draw(own, leaf)
+            else:
+                trained[path] = self._start(own, path, self._plans[path], leaf)
+        return trained
+
+    def _start(self, key: Key, path: str, plan: Plan, leaf: Any) -> dict[str, Array]:
+        site = self.sites[path]
+        one = dataclasses.replace(site, stacks=())
+        shape = tuple(n for d, n in enumerate(site.shape) if d not in site.stacks)
+        ins, outs = (_without(dims, site.stacks) for dims in (site.ins, site.outs))
+        one = dataclasses.replace(one, shape=shape, ins=ins, outs=outs)
+        concrete = not isinstance(leaf, jax.ShapeDtypeStruct)
+
+        def draw(own: Key, weight: Any) -> dict[str, Array]:
+            view = one.view(
+                weight, factors={}, dials={}, rng=None, delta=plan.delta,
+                max_rank=plan.max_rank,
+            )  # fmt: skip
+            return plan.delta.start(own, view)
+
+        if not site.stacks:
+            return draw(key, leaf)
+        count = site.num_layers
+        layers = jax.vmap(lambda i: key_for(key, "layer", i))(jnp.arange(count))
+        if concrete:
+            weights = jnp.moveaxis(leaf, site.stacks, range(len(site.stacks)))
+            drawn = jax.vmap(draw)(layers, weights.reshape(count, *shape))
+        else:
+            weight = jax.ShapeDtypeStruct(shape, leaf.dtype)
+            drawn = jax.vmap(lambda k: draw(k, weight))(layers)
+        return jax.tree.map(lambda x: x.reshape(*site.stack_shape, *x.shape[1:]), drawn)
+
+    def dials(self) -> dict[str, dict[str, Array]]:
+        """Default dials: gates open up to each layer's rank, scale, dropout rate."""
+        return {
+            path: self._plans[path].dials(site, self.ref_rank)
+            for path, site in self.sites.items()
+        }
+
+    def active(self, dials: Dials) -> dict[str, dict[str, Array]]:
+        """Which entries of the factors may move: those of components that are open.
+
+        Returns:
+          Path -> factor -> mask that broadcasts to the factor; training leaves the
+          other entries, and the optimizer's moments of them, as they are.
+        """
+        return {
+            path: self._plans[path].active(site, dials[path])
+            for path, site in self.sites.items()
+        }
+
+    def padding(self) -> dict[str, dict[str, int]]:
+        """Path -> factor -> scalars in it that no open component owns at the start."""
+        shapes = self.trained_shapes()
+        return {
+            path: self._plans[path].padding(site, shapes[path])
+            for path, site in self.sites.items()
+        }
+
+    def apply(
+        self,
+        frozen: Frozen,
+        trained: Trained,
+        *inputs: Any,
+        dials: Dials | None = None,
+        key: Key | None = None,
+    ) -> Any:
+        """The adapted model. Call it under `jax.jit`: the walk itself is slow.
+
+        Args:
+          frozen: From `init`; closed over by nothing, copied by nothing.
+          trained: From `init`.
+          *inputs: What the model takes.
+          dials: From `dials`; None means the defaults.
+          key: Random key for dropout on the corrections; None means evaluation.
+
+        Returns:
+          What the model returns.
+
+        Raises:
+          BadInput: A tree lacks a path, or the inputs have shapes for which a weight
+            cannot be adapted.
+        """
+        dials = self.dials() if dials is None else dials
+        self._check_trees(frozen, trained, dials)
+        leaves = [
+            self._operand(path, frozen, trained, dials, key)
+            for path in self._structure.paths
+        ]
+        jaxpr, consts, out = self._programs(inputs)
+        walk = inject.walk(self._allow_dense)
+        results = walk(jaxpr, [*consts, *leaves, *jax.tree.leaves(inputs)])
+        values = [walk.materialize(v, "output of the model") for v in results]
+        return jax.tree.unflatten(out, values)
+
+    def _check_trees(self, frozen: Frozen, trained: Trained, dials: Dials) -> None:
+        whole = set(self.fully_trained)
+        base = [path for path in self._structure.paths if path not in whole]
+        for name, tree, paths in (
+            ("frozen", frozen, base),
+            ("trained", trained, [*self.sites, *whole]),
+            ("dials", dials, self.sites),
+        ):
+            if missing := [path for path in paths if path not in tree]:
+                raise BadInput(
+                    f"{name} lacks {missing[0]!r} ({len(missing)} of {len(paths)} "
+                    "paths missing): it is the flat mapping from path to arrays that "
+                    "`init` (frozen, trained) or `dials` of this model gives"
+                )
+
+    def _operand(self, path: str, frozen, trained, dials, key) -> Any:
+        if path not in self.sites:
+            return trained[path] if path in trained else frozen[path]
+        site, plan = self.sites[path], self._plans[path]
+        rng = None
+        if key is not None and plan.delta.draws:
+            rng = own = key_for(key, "dropout", path)
+            if site.stacks:
+                fold = jax.vmap(lambda i: jax.random.fold_in(own, i))
+                rng = fold(jnp.arange(site.num_layers)).reshape(site.stack_shape)
+        return site.view(
+            frozen[path], factors=trained[path], dials=dials[path], rng=rng,
+            delta=plan.delta, max_rank=plan.max_rank,
+        )  # fmt: skip
+
+    def base_apply(self, params: PyTree, *inputs: Any) -> Any:
+        """The model as it was given."""
+        return self._programs.apply(params, *inputs)
+
+    def merge(
+        self, frozen: Frozen, trained: Trained, dials: Dials | None = None
+    ) -> PyTree:
+        """The dense parameters W' of every site, in the structure of `params`.
+
+        Raises:
+          LowrankError: A merged weight is not finite.
+        """
+        params = self._merged(frozen, trained, self.dials() if dials is None else dials)
+        changed = {*self.sites, *self.fully_trained}
+        for path, leaf in flatten(params)[0].items():
+            if path in changed and not bool(jnp.isfinite(leaf).all()):
+                raise LowrankError(
+                    f"merging {path!r} gives values that are not finite; the adapter "
+                    "is damaged or its training diverged"
+                )
+        return params
+
+    def _merged(self, frozen: Frozen, trained: Trained, dials: Dials) -> PyTree:
+        leaves = {}
+        for path in self._structure.paths:
+            operand = self._operand(path, frozen, trained, dials, None)
+            leaves[path] = operand.dense() if path in self.sites else operand
+        return self._structure.unflatten(leaves)
+
+    def verify(self, key: Key, *inputs: Any, tolerance: float = 1e-5) -> Verification:
+        """Compares the factored program with the merged one on real inputs.
+
+        Args:
+          key: Decides the factors, none of them silent, and the weights of outputs.
+          *inputs: What the model takes.
+          tolerance: Largest relative error to accept.
+
+        Raises:
+          LowrankError: An error is above `tolerance`.
+        """
+        frozen, trained = self.init(key)
+        dials = self.dials()
+        return compare(
+            lambda t, f: self.apply(f, t, *inputs, dials=dials),
+            lambda t, f: self._programs.apply(self._merged(f, t, dials), *inputs),
+            trained,
+            frozen,
+            key,
+            tolerance,
+        )
+
+
+def attach(
+    apply: Callable[..., Any],
+    params: PyTree,
+    *inputs: Any,
+    rules: Sequence[AnyRule],
+    ref_rank: int | None = None,
+    allow_dense: bool = False,
+) -> Adapted:
+    """Puts corrections on a model without touching it.
+
+    Inputs are positional; what a model takes by keyword is bound first, and what
+    changes from call to call becomes an input:
+
+        attach(functools.partial(model.apply, train=False), params, x, rules=rules)
+        attach(lambda p, x, given: model.apply(p, x, **given), params, x, given, ...)
+
+    A weight stored in whole numbers (int8 and narrower) is corrected in its own
+    units, before the model scales it: W' = (W + dW) * scale. Its factors are float32,
+    and so is the merged weight.
+
+    Args:
+      apply: Pure function (params, *inputs) -> outputs, of any framework.
+      params: Its parameters: arrays, or shapes for a preview.
+      *inputs: Example inputs, arrays or shapes.
+      rules: Tried in order for every weight and every layer of a stack; the first
+        match wins.
+      ref_rank: Divisor of every scale; the largest rank of the rules by default.
+      allow_dense: Form the dense weight where a primitive has no factored rule.
+
+    Returns:
+      The adapted model.
+
+    Raises:
+      UnknownName: A pattern matches no weight.
+      BadInput: A rule is shadowed, a rank does not fit, or a weight cannot be adapted;
+        raised before anything is compiled.
+    """
+    if ref_rank is not None and (type(ref_rank) is not int or ref_rank < 1):
+        raise BadInput(
+            f"ref_rank divides every scale: it is a whole number of at least 1, not "
+            f"{ref_rank!r}"
+        )
+    programs = Programs(apply, params)
+    claims = claim(rules, programs.leaves)
+    wanted = [p for p, own in claims.items() if any(isinstance(r, Rule) for r in own)]
+    found = find(programs, inputs, among=wanted)
+    plans, owners = assign(claims, found, allow_dense)
+    ranks = [rule.rank for rule in owners.values() if isinstance(rule, Rule)]
+    result = Adapted(
+        programs,
+        {path: found[path] for path in plans},
+        plans,
+        owners,
+        ref_rank or max(ranks, default=1),
+        allow_dense,
+    )
+    # An abstract run: what cannot be factored is said here, not in the first step.
+    shapes = result.trained_shapes()
+    run = lambda frozen, trained, given: result.apply(frozen, trained, *given)
+    outputs = jax.eval_shape(run, result.frozen(), shapes, inputs)
+    refuse_state(result.rules, outputs)
+    return result
+
+
+def _without(dims: tuple[int, ...], gone: tuple[int, ...]) -> tuple[int, ...]:
+    """Axis numbers after the axes in `gone` have been taken out."""
+    return tuple(d - sum(g < d for g in gone) for d in dims)

@@ -1,0 +1,1 @@
+"""Ground floor: names, trees, keys, specs. Knows arrays, knows no model."""

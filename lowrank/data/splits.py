@@ -1,0 +1,256 @@
+"""A task and its splits, and how splits are cut, merged and thinned out.
+
+Which rows are chosen depends on the seed and on each row's own id (or group): neither
+the order of a file nor the number of other rows moves a row to the other side, and a
+smaller sample is always part of a larger one.
+"""
+
+import dataclasses
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from lowrank.core.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Labeled texts in a fixed order.
+
+    Attributes:
+      ids: Names of the rows, unique in the task.
+      texts: What is classified.
+      labels: Positions in the task's `classes`.
+      groups: Rows of one group are not independent (one template, one document);
+        None where rows are.
+    """
+
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    labels: Int32[np.ndarray, " rows"]
+    groups: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"ids": len(self.ids), "texts": len(self.texts)}
+        sizes["labels"] = len(self.labels)
+        if self.groups is not None:
+            sizes["groups"] = len(self.groups)
+        if len(set(sizes.values())) > 1:
+            raise BadInput(f"the columns of a split differ in length: {sizes}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: Sequence[int]) -> "Split":
+        """The split with only `rows`, in the order given."""
+        groups = self.groups
+        return Split(
+            tuple(self.ids[row] for row in rows),
+            tuple(self.texts[row] for row in rows),
+            self.labels[np.asarray(rows, np.int64)],
+            None if groups is None else tuple(groups[row] for row in rows),
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 over all columns, in order."""
+        digest = hashlib.sha256()
+        for column in (self.ids, self.texts, self.groups or ()):
+            digest.update(f"{len(column)}\0".encode())
+            for value in column:
+                data = value.encode()
+                digest.update(f"{len(data)}\0".encode() + data)
+        digest.update(np.ascontiguousarray(self.labels, "<i4").tobytes())
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A classification task, ready to be checked and tokenized.
+
+    Attributes:
+      name: What reports call it.
+      classes: Names of the classes; labels are positions in it.
+      splits: "train" and, where there are such, "validation" and "test".
+      fingerprint: sha256 over classes and all rows of all splits, in order.
+      provenance: Where the rows come from and what was done to them, for the record.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: Mapping[str, Split]
+    fingerprint: str
+    provenance: Mapping[str, Any]
+
+
+def make_task(
+    name: str,
+    classes: Sequence[str],
+    splits: Mapping[str, Split],
+    provenance: Mapping[str, Any],
+) -> Task:
+    """A task with the fingerprint of its content."""
+    digest = hashlib.sha256()
+    for part in classes:
+        digest.update(f"{len(part.encode())}\0{part}".encode())
+    for split in sorted(splits):
+        digest.update(f"\0{split}\0{splits[split].fingerprint()}".encode())
+    rows = {split: len(splits[split]) for split in splits}
+    return Task(
+        name,
+        tuple(classes),
+        dict(splits),
+        digest.hexdigest(),
+        {**provenance, "rows": rows, "num_classes": len(classes)},
+    )
+
+
+def as_split(name: str, columns: Mapping[str, Sequence[Any]]) -> Split:
+    """A split from columns; rows without an id are numbered."""
+    groups = columns.get("group")
+    numbered = [f"{name}/{n}" for n in range(len(columns["text"]))]
+    return Split(
+        tuple(columns.get("id") or numbered),
+        tuple(columns["text"]),
+        np.asarray(columns["label"], np.int32),
+        None if groups is None else tuple(groups),
+    )
+
+
+def merge(first: Split, second: Split) -> Split:
+    """The rows of both, `first` before `second`."""
+    groups = None
+    if first.groups is not None and second.groups is not None:
+        groups = first.groups + second.groups
+    return Split(
+        first.ids + second.ids,
+        first.texts + second.texts,
+        np.concatenate([first.labels, second.labels]),
+        groups,
+    )
+
+
+def cut(split: Split, share: float, seed: int, what: str) -> tuple[Split, Split]:
+    """Cuts `share` off a split, class by class and never through a group.
+
+    The number of rows of a class is rounded up or down by chance, in proportion. No
+    class loses its last row. A group with rows of several classes counts for its most
+    frequent one.
+
+    Args:
+      split: What is cut.
+      share: The part to cut off, between 0 and 1.
+      seed: Which rows go.
+      what: Name of the new split, for the draw and for messages.
+
+    Returns:
+      (the rest, what was cut off), both in the order of `split`.
+
+    Raises:
+      BadInput: There are too few rows to cut any off.
+    """
+    keys = split.groups if split.groups is not None else split.ids
+    members: dict[str, list[int]] = defaultdict(list)
+    for row, key in enumerate(keys):
+        members[key].append(row)
+    labels = split.labels.tolist()
+    owned: dict[int, list[str]] = defaultdict(list)
+    for key, rows in members.items():
+        counts = Counter(labels[row] for row in rows)
+        owned[min(counts, key=lambda label: (-counts[label], label))].append(key)
+    left = Counter(labels)
+    moved: set[int] = set()
+    for label, own in sorted(owned.items()):
+        size = sum(len(members[key]) for key in own)
+        wanted = int(size * share + _chance(seed, what, "round", str(label)))
+        taken = 0
+        for key in sorted(own, key=lambda key: _order(seed, what, key)):
+            rows = members[key]
+            loss = Counter(labels[row] for row in rows)
+            last = any(left[other] <= number for other, number in loss.items())
+            # A group goes if that brings the class nearer to what is wanted.
+            if not last and taken + len(rows) / 2 <= wanted:
+                moved.update(rows)
+                left.subtract(loss)
+                taken += len(rows)
+    if not moved:
+        raise BadInput(
+            f"no {what} split can be cut from {len(split)} rows of {len(owned)} "
+            f"classes with share {share}: every class would lose its only rows. Give a "
+            f"{what} file, or more rows."
+        )
+    rest = [row for row in range(len(split)) if row not in moved]
+    return split.take(rest), split.take(sorted(moved))
+
+
+def subsample(
+    split: Split, *, rows_per_class: int | None, max_rows: int | None, seed: int
+) -> Split:
+    """At most so many rows per class, and at most so many in all.
+
+    With `max_rows` every class keeps a row before any class keeps a second one.
+
+    Raises:
+      BadInput: `max_rows` leaves classes without any row.
+    """
+    labels = split.labels.tolist()
+    ranked: dict[int, list[int]] = defaultdict(list)
+    order = [_order(seed, "subsample", name) for name in split.ids]
+    for row in sorted(range(len(split)), key=lambda row: order[row]):
+        ranked[labels[row]].append(row)
+    if rows_per_class is not None:
+        ranked = defaultdict(
+            list, {label: rows[:rows_per_class] for label, rows in ranked.items()}
+        )
+    if max_rows is not None:
+        if max_rows < len(ranked):
+            raise BadInput(
+                f"data.max_rows = {max_rows} leaves classes of the train split without "
+                f"a row; give at least {len(ranked)}, one per class"
+            )
+        firsts = [rows[0] for rows in ranked.values()]
+        others = sorted(
+            (row for rows in ranked.values() for row in rows[1:]),
+            key=lambda row: order[row],
+        )
+        keep = firsts + others[: max_rows - len(firsts)]
+    else:
+        keep = [row for rows in ranked.values() for row in rows]
+    return split.take(sorted(keep))
+
+
+def cut_missing(
+    splits: Mapping[str, Split], validation_share: float, test_share: float, seed: int
+) -> tuple[dict[str, Split], dict[str, Any]]:
+    """Cuts test and then validation off train where they are missing.
+
+    Returns:
+      (splits, a note for the record on what was cut).
+
+    Raises:
+      BadInput: There are too few rows.
+    """
+    found, notes = dict(splits), {}
+    for name, share in (("test", test_share), ("validation", validation_share)):
+        if name not in found:
+            grouped = found["train"].groups is not None
+            found["train"], found[name] = cut(found["train"], share, seed, name)
+            notes[f"cut_{name}"] = {
+                "from": "train",
+                "share": share,
+                "seed": seed,
+                "by_group": grouped,
+                "rows": len(found[name]),
+            }
+    return found, notes
+
+
+def _order(seed: int, what: str, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{what}\0{key}".encode()).digest()
+
+
+def _chance(seed: int, *names: str) -> float:
+    return int.from_bytes(_order(seed, "\0".join(names), "")[:6], "big") / 2**48

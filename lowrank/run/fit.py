@@ -1,0 +1,343 @@
+"""Training without a config: adapted model in, trained corrections out.
+
+The command line goes through this function too, so the library and the commands
+cannot drift apart.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import Progress
+
+from lowrank.adapt.attach import Adapted
+from lowrank.core.arrays import Dials, Frozen, Trained
+from lowrank.core.errors import BadInput
+from lowrank.core.spec import digest
+from lowrank.core.trees import fingerprint, flatten
+from lowrank.cost.measure import StepTimer
+from lowrank.data.pipeline import TrainPipeline
+from lowrank.evaluate.metrics import STANDARD, Rows, Tally
+from lowrank.evaluate.score import numbers, score_trials
+from lowrank.io.checkpoints import Checkpoints
+from lowrank.run.forward import Batch, Forward, inputs_of, on_inputs
+from lowrank.sharding import (
+    MeshSpec,
+    batch_shapes,
+    check_rows,
+    place_batch,
+    replicate,
+    replicated,
+)
+from lowrank.train import state as states
+from lowrank.train.guard import NonFinitePolicy
+from lowrank.train.loop import FRESH, Events, Loop, LoopSpec, finished
+from lowrank.train.losses import Loss, cross_entropy
+from lowrank.train.optim import AdamW
+from lowrank.train.pack import Pack
+from lowrank.train.state import TrainState
+from lowrank.train.step import make_step
+
+logger = logging.getLogger(__name__)
+
+#: (position, one dict of numbers per trial)
+Log = Callable[[int, Sequence[Mapping[str, float]]], None]
+LOWER_IS_BETTER = frozenset(m.name for m in STANDARD if not m.higher_is_better)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A trained pack.
+
+    Attributes:
+      adapted: The model.
+      frozen: The base, on its devices.
+      state: The final state of all trials; `state.best` holds the best ones.
+      forward: Inference, already compiled for the validation shapes.
+      timer: Step times by batch shape.
+      pack: The compiled steps; None if there was nothing left to train.
+      validated: Whether a validation split chose the best state.
+    """
+
+    adapted: Adapted
+    frozen: Frozen
+    state: TrainState
+    forward: Forward
+    timer: StepTimer
+    pack: Pack | None
+    validated: bool
+
+    def trained(self, trial: int = 0) -> Trained:
+        """A trial's trained tree: the best validated one, else the last."""
+        return jax.tree.map(lambda x: x[trial], self.chosen)
+
+    def dials(self, trial: int = 0) -> Dials:
+        """A trial's dials."""
+        return jax.tree.map(lambda x: x[trial], self.state.dials)
+
+    @property
+    def chosen(self) -> Trained:
+        """The trained trees of all trials that reports are about."""
+        return self.state.best if self.validated else self.state.trained
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        """Logits of every trial, trials first."""
+        return np.asarray(self.forward(self.chosen, self.state.dials, batch))
+
+
+@dataclasses.dataclass
+class Storage:
+    """Checkpoints of a pack, and how far the metrics file had come with each.
+
+    Attributes:
+      checkpoints: Where states go.
+      offset: Present length of the metrics file.
+      sha256: Of its present content; None where there is none.
+      truncate: Cuts the metrics file back to a length, and compares its hash.
+    """
+
+    checkpoints: Checkpoints
+    offset: Callable[[], int] = lambda: 0
+    sha256: Callable[[], str | None] = lambda: None
+    truncate: Callable[[int, str | None], None] = lambda offset, sha256: None
+
+    def save(self, position: int, state: TrainState, memory: Mapping[str, Any]) -> None:
+        leaves, _ = flatten(state)
+        metrics = {"offset": self.offset(), "metrics_sha256": self.sha256()}
+        self.checkpoints.save(position, leaves, {"memory": dict(memory), **metrics})
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Mapping[str, Any]]:
+        leaves, structure = flatten(like)
+        _, stored, extra = self.checkpoints.restore(leaves)
+        self.truncate(extra["offset"], extra.get("metrics_sha256"))
+        return structure.unflatten(stored), extra["memory"]
+
+
+def fit(
+    adapted: Adapted,
+    batches: TrainPipeline,
+    *,
+    validation: Sequence[Batch] | None = None,
+    loss: Loss = cross_entropy,
+    optim: AdamW | Sequence[AdamW] = AdamW(),
+    seeds: Sequence[int] = (0,),
+    directory: str | Path | None = None,
+    identity: Mapping[str, str] | None = None,
+    mesh: MeshSpec = MeshSpec(),
+    loop: LoopSpec = LoopSpec(),
+    non_finite: NonFinitePolicy = NonFinitePolicy(),
+    log: Log | None = None,
+    storage: Storage | None = None,
+    inputs: Callable[[Mapping[str, Any]], Any] = inputs_of,
+    progress: bool = True,
+    alive: Callable[[str], None] = lambda doing: None,
+) -> Fit:
+    """Trains one pack: a trial per seed, sharing the compiled step and the base.
+
+    Args:
+      adapted: From `attach`.
+      batches: Training data, built with the same seeds.
+      validation: Batches that choose the best state and may stop early.
+      loss: What is minimized (see `train.losses`).
+      optim: Constants; one for all trials or one per trial.
+      seeds: One trial each: its start, its dropout and its data order.
+      directory: Keeps checkpoints and continues from them; None keeps nothing.
+      identity: Fingerprints that a stored state in `directory` must agree with to be
+        continued, beside those of base, rules, constants, seeds and length, which
+        are always compared.
+      mesh: Devices.
+      loop: When things happen.
+      non_finite: What to do about a step that is not finite.
+      log: Receives metrics, one dict per trial.
+      storage: Instead of `directory`: checkpoints and the metrics file's length.
+      inputs: Picks the model's input from a batch.
+      progress: A progress bar, where there is a terminal.
+      alive: Told what begins; see `train.watchdog.Watchdog.alive`.
+
+    Returns:
+      The trained pack.
+
+    Raises:
+      BadInput, NonFinite, Corrupt, Preempted: See `core.errors`.
+    """
+    optims = [optim] * len(seeds) if isinstance(optim, AdamW) else list(optim)
+    devices = mesh.build()
+    if directory is not None:
+        own = _identity(adapted, batches, optims, seeds)
+        storage = Storage(
+            Checkpoints(Path(directory), identity={**own, **(identity or {})})
+        )
+    check_plan(batches, validation, optims, seeds, devices, loop)
+    if non_finite.action == "rollback" and storage is None:
+        raise BadInput("non_finite.action=rollback needs a directory to roll back to")
+    model = on_inputs(adapted.apply, inputs)
+    frozen = replicate(adapted.frozen(), devices)
+    state = states.start(
+        adapted.init_trained, adapted.dials(), optims, seeds, adapted.leaves
+    )
+    state = replicate(state, devices)
+    forward = Forward(model, frozen, devices)
+    memory: Mapping[str, Any] = {**FRESH, "data": batches.state(0)}
+    if storage is not None and storage.checkpoints.stored_steps():
+        alive("restore")
+        state, memory = storage.restore(state)
+        batches.check_state(memory["data"])
+        logger.info("continuing at step %d", memory["position"])
+    elif storage is not None:
+        # What stands in the metrics file belongs to no checkpoint.
+        storage.truncate(0, None)
+        if non_finite.action == "rollback":
+            storage.save(0, state, memory)
+    timer = StepTimer()
+    pack = None
+    if not finished(memory, loop, batches.num_steps):
+        alive("compilation")
+        step = make_step(
+            model, loss, optims[0], batches.num_steps, adapted.draws, adapted.active
+        )
+        shapes = [batch_shapes(batch, devices, 1) for batch in batches.examples()]
+        put = lambda batch: place_batch(batch, devices, 1)
+        pack = Pack(step, frozen, state, shapes, put, len(seeds), replicated(devices))
+    validate = None
+    if validation:
+        alive("compilation for validation")
+        forward.compile(state.trained, state.dials, validation)
+        validate = lambda s: _validation(forward, s, validation)
+        # The first validation compiles nothing: this one changes nothing.
+        lowest = jnp.full(len(seeds), jnp.finfo(jnp.float32).min)
+        state = states.improve(state, lowest)
+    if pack is not None:
+        # Shapes only: the state itself is donated to the first step.
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        with _progress(progress) as report, _closing(storage):
+            events = Events(
+                log=log or (lambda position, rows: None),
+                save=storage.save if storage else (lambda *a: None),
+                restore=lambda: _stored(storage, like),
+                evaluate=validate,
+                timed=timer.add,
+                progress=report,
+                lower_is_better=LOWER_IS_BETTER,
+                alive=alive,
+            )
+            runner = Loop(
+                pack, batches, events, loop, non_finite, batches.steps_per_epoch
+            )
+            state = runner.run(state, memory)
+            alive("last checkpoint")
+    return Fit(adapted, frozen, state, forward, timer, pack, bool(validation))
+
+
+def _identity(
+    adapted: Adapted,
+    batches: TrainPipeline,
+    optims: Sequence[AdamW],
+    seeds: Sequence[int],
+) -> dict[str, str]:
+    """What decides a pack's course beside its code and the order of its data."""
+    return {
+        "base": fingerprint(adapted.frozen()),
+        "rules": digest({**adapted.rules, "/ref_rank": adapted.ref_rank}),
+        "trials": digest(
+            [[one, seed] for one, seed in zip(optims, seeds, strict=True)]
+        ),
+        "steps": str(batches.num_steps),
+    }
+
+
+def check_plan(
+    batches: TrainPipeline,
+    validation: Sequence[Batch] | None,
+    optims: Sequence[AdamW],
+    seeds: Sequence[int],
+    devices: jax.sharding.Mesh,
+    loop: LoopSpec,
+) -> None:
+    """Checks what would otherwise fail while compiling or in the middle of training.
+
+    Raises:
+      BadInput: Seeds, settings of optimizers, batch sizes, devices, or the number
+        that chooses the best state do not fit together.
+    """
+    made_for = batches.state(0)["trial_seeds"]
+    if list(seeds) != made_for:
+        raise BadInput(
+            f"the batches were made for the seeds {made_for} and the trials have "
+            f"{list(seeds)}; give both the same"
+        )
+    static = {(o.schedule, o.warmup, o.accumulate, o.clip is None) for o in optims}
+    if len(optims) != len(seeds) or len(static) != 1:
+        raise BadInput(
+            f"{len(seeds)} trials have {len(optims)} settings of the optimizer; give "
+            "one each, alike in schedule, warmup, accumulate and whether they clip"
+        )
+    for size, _ in batches.shapes():
+        check_rows(devices, size, "data.batching.batch_size")
+        if size % optims[0].accumulate:
+            raise BadInput(
+                f"optim.accumulate = {optims[0].accumulate} does not divide "
+                f"data.batching.batch_size = {size}"
+            )
+    for batch in validation or ():
+        check_rows(devices, len(batch["ids"]), "evaluate.batch_size")
+    if validation:
+        _check_select(loop, validation)
+
+
+def _check_select(loop: LoopSpec, validation: Sequence[Batch]) -> None:
+    labels = np.concatenate([b["label"][b["weight"] > 0] for b in validation])
+    flat = np.zeros((len(labels), int(labels.max()) + 1), np.float32)
+    values = Tally.of(Rows.of(flat, labels), STANDARD).compute()
+    known = [name for name, value in values.items() if value is not None]
+    if loop.select not in known:
+        raise BadInput(
+            f"loop.select = {loop.select!r} is not a number that this validation split "
+            f"of {len(labels)} rows gives; there are {', '.join(known)}"
+        )
+
+
+def _validation(forward: Forward, state: TrainState, batches) -> list[dict[str, float]]:
+    """Validation numbers of every trial, from one pass over the split."""
+    found = score_trials(
+        lambda batch: forward(state.trained, state.dials, batch),
+        batches,
+        [str(label) for label in range(forward.num_classes)],
+        progress=False,
+    )
+    return [numbers(one) for one in found]
+
+
+@contextlib.contextmanager
+def _progress(wanted: bool):
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda position, total, text: None
+        return
+    with Progress(transient=True) as bar:
+        task = bar.add_task("training", total=None)
+        yield lambda position, total, text: bar.update(
+            task, completed=position, total=total, description=text
+        )
+
+
+@contextlib.contextmanager
+def _closing(storage: Storage | None):
+    """Waits for the checkpoint in flight, however the loop ends."""
+    try:
+        yield
+    finally:
+        if storage is not None:
+            storage.checkpoints.wait()
+
+
+def _stored(storage: Storage | None, like: TrainState):
+    assert storage is not None, "the rollback policy is refused without a directory"
+    return storage.restore(like)

@@ -1,0 +1,83 @@
+"""Inference of a pack: compiled once per batch shape, all trials together."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from lowrank.core.arrays import Dials, Frozen, Trained
+from lowrank.sharding import batch_shapes, place_batch, replicated
+
+#: (frozen, trained, batch, dials=, key=) -> outputs
+Model = Callable[..., Any]
+Batch = Mapping[str, np.ndarray]
+
+
+class Forward:
+    """Logits of every trial for a batch that all trials share.
+
+    Attributes:
+      compile_seconds: Time spent compiling so far.
+      num_classes: Columns of the logits, once something is compiled.
+    """
+
+    def __init__(self, model: Model, frozen: Frozen, mesh: Mesh):
+        self._frozen = frozen
+        self._mesh = mesh
+        self._compiled: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+        self.num_classes = 0
+
+        def one(frozen: Frozen, trained: Trained, dials: Dials, batch: Mapping):
+            return model(frozen, trained, batch, dials=dials, key=None)
+
+        def infer(frozen: Frozen, trained: Trained, dials: Dials, batch: Mapping):
+            if len(jax.tree.leaves(trained)[0]) == 1:
+                first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+                return one(frozen, first(trained), first(dials), batch)[None]
+            return jax.vmap(one, in_axes=(None, 0, 0, None))(
+                frozen, trained, dials, batch
+            )
+
+        self._jitted = jax.jit(infer, out_shardings=replicated(mesh))
+
+    def compile(self, trained: Trained, dials: Dials, batches: Sequence[Batch]) -> None:
+        """Compiles for the shapes of `batches` that are new."""
+        began = time.perf_counter()
+        for batch in batches:
+            key = _key(batch)
+            if key not in self._compiled:
+                shapes = batch_shapes(batch, self._mesh, 0)
+                lowered = self._jitted.lower(self._frozen, trained, dials, shapes)
+                self._compiled[key] = lowered.compile()
+                self.num_classes = lowered.out_info.shape[-1]
+        self.compile_seconds += time.perf_counter() - began
+
+    def __call__(self, trained: Trained, dials: Dials, batch: Batch) -> Array:
+        """Logits, trials first."""
+        self.compile(trained, dials, [batch])
+        placed = place_batch(batch, self._mesh, 0)
+        return self._compiled[_key(batch)](self._frozen, trained, dials, placed)
+
+
+def _key(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes: batches of new texts, say, have no labels."""
+    return tuple((name, batch[name].shape) for name in sorted(batch))
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What an encoder takes of a batch."""
+    return {"ids": batch["ids"], "mask": batch["mask"]}
+
+
+def on_inputs(apply: Callable[..., Any], inputs: Callable[[Mapping], Any]) -> Model:
+    """An adapted model that takes whole batches and picks its inputs from them."""
+
+    def model(frozen, trained, batch, dials, key):
+        return apply(frozen, trained, inputs(batch), dials=dials, key=key)
+
+    return model

@@ -1,0 +1,210 @@
+"""Everything a trial needs before it may compile: base, data, rules, all checked."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank.adapt.attach import Adapted, attach
+from lowrank.core.errors import BadInput
+from lowrank.cost.count import Counts, count_parameters
+from lowrank.data.checks import check_task
+from lowrank.data.pipeline import TrainPipeline, eval_batches
+from lowrank.data.tasks import Task
+from lowrank.data.tokens import Tokens, tokenize
+from lowrank.io import hub
+from lowrank.io.files import local_path
+from lowrank.io.hub import Base
+from lowrank.run.forward import Batch, inputs_of
+from lowrank.run.settings import BaseSpec, Settings
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A trial, ready to run.
+
+    Attributes:
+      settings: What was asked for.
+      base: The pretrained model.
+      task: The data, checked.
+      checks: What `check_task` found.
+      tokens: Tokenized splits.
+      batches: Training data.
+      adapted: The model with its corrections.
+    """
+
+    settings: Settings
+    base: Base
+    task: Task
+    checks: Mapping[str, Any]
+    tokens: Mapping[str, Tokens]
+    batches: TrainPipeline
+    adapted: Adapted
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints that a stored state must agree with to be continued."""
+        return {
+            "config": self.settings.trial_id,
+            "base": self.base.fingerprint,
+            "data": self.task.fingerprint,
+            "code": code_fingerprint(),
+        }
+
+    @property
+    def directory(self) -> Path:
+        """Where the run lives."""
+        run = self.settings.run
+        # Checked before `Path` folds the "//" of a URL.
+        if run.directory is not None:
+            return local_path(run.directory)
+        return local_path(run.root) / self.settings.trial_id
+
+    def evaluation(self, split: str) -> list[Batch]:
+        """A split in order, every row once."""
+        batching = dataclasses.replace(
+            self.settings.batching, batch_size=self.settings.evaluate.batch_size
+        )
+        return list(
+            eval_batches(self.tokens[split], self.task.splits[split].labels, batching)
+        )
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Loads and checks base and data, and attaches the corrections.
+
+    Raises:
+      BadInput: Anything is missing, damaged or does not fit; nothing was written but
+        the caches of bases and prepared data.
+    """
+    cache = settings.run.cache
+    logger.info("loading data and base %s", settings.base.source)
+    task = settings.data.load(Path(cache) / "data" if cache else None)
+    checks = check_task(task)
+    base = load_base(settings, len(task.classes))
+    limit = max_length(settings, base)
+    tokens = tokenize_all(task, base, limit, cache)
+    batches = TrainPipeline(
+        tokens["train"],
+        task.splits["train"].labels,
+        batching=settings.batching,
+        trial_seeds=(settings.seed,),
+        num_epochs=settings.optim.epochs,
+    )
+    example = inputs_of({k: v[0] for k, v in batches.examples()[0].items()})
+    adapted = attach(
+        base.apply,
+        base.params,
+        example,
+        rules=settings.rules(base.head),
+        ref_rank=settings.ref_rank,
+    )
+    logger.info(
+        "%s: %s rows; %s: %d sites adapted",
+        task.name,
+        ", ".join(f"{len(s.labels)} {n}" for n, s in task.splits.items()),
+        base.name,
+        len(adapted.sites),
+    )
+    return Prepared(settings, base, task, checks, tokens, batches, adapted)
+
+
+def load_base(settings: Settings, num_classes: int) -> Base:
+    """The base that the settings name, with a head for `num_classes`."""
+    return open_base(settings.base, num_classes, settings.run.cache)
+
+
+def open_base(wanted: BaseSpec, num_classes: int, cache: str | None) -> Base:
+    """A base as its config group describes it."""
+    return hub.load(
+        wanted.source,
+        num_classes=num_classes,
+        pooling=wanted.pooling,
+        scan=wanted.scan,
+        remat=wanted.remat,
+        dtype=wanted.dtype,
+        cache=cache,
+    )
+
+
+def max_length(settings: Settings, base: Base) -> int:
+    """Longest input in tokens: as asked for, at most what the base was made for."""
+    wanted = settings.base.max_length
+    if wanted is not None and not 3 <= wanted <= base.max_length:
+        raise BadInput(
+            f"base.max_length = {wanted} is not between 3 and {base.max_length}, the "
+            f"longest input that {base.name} was made for"
+        )
+    return wanted or base.max_length
+
+
+def tokenize_all(task: Task, base: Base, limit: int, cache: str | None) -> dict:
+    """Every split, tokenized once and cached."""
+    if base.tokenizer is None:
+        raise BadInput(
+            f"base {base.name!r} has no tokenizer, and the task {task.name!r} is text; "
+            "put a tokenizer.json beside its weights"
+        )
+    folder = Path(cache) / "tokens" if cache else None
+    return {
+        name: tokenize(
+            split, base.tokenizer, max_length=limit, data=task.fingerprint, cache=folder
+        )
+        for name, split in task.splits.items()
+    }
+
+
+def code_fingerprint(folder: Path = PACKAGE) -> str:
+    """sha256 over the source files of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(
+            str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes()
+        )
+    return digest.hexdigest()
+
+
+def sizes(adapted: Adapted) -> Counts:
+    """Parameters and bytes, from shapes alone; closed components do not count."""
+    trained = adapted.trained_shapes()
+    return count_parameters(adapted.frozen(), trained, adapted.padding())
+
+
+def site_rows(adapted: Adapted) -> Sequence[dict[str, Any]]:
+    """One row per site: what the preview and the record show.
+
+    "rank" is the largest of a site's layers and "ranks" has one number per layer;
+    closed components have no parameters, but are computed, so they have FLOPs.
+    """
+    counts = sizes(adapted).parameters_per_site
+    return [
+        {
+            "path": path,
+            "layers": site.num_layers,
+            "d_in": site.d_in,
+            "d_out": site.d_out,
+            "rank": max(adapted.layer_ranks(path)),
+            "ranks": list(adapted.layer_ranks(path)),
+            "parameters": counts[path],
+            "flops": site.flops_per_rank * adapted.max_rank(path),
+            "uses": ", ".join(sorted({use.kind for use in site.uses})),
+        }
+        for path, site in adapted.sites.items()
+    ]
+
+
+def ranks_array(adapted: Adapted) -> dict[str, np.ndarray]:
+    """Active components per layer, by site."""
+    return {
+        path: np.asarray(np.asarray(dials["gate"]).sum(axis=-1))
+        for path, dials in adapted.dials().items()
+        if "gate" in dials
+    }

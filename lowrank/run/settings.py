@@ -1,0 +1,331 @@
+"""A composed config, turned into checked objects: what one trial is.
+
+The *scientific part* of a config (what is adapted, how, on which data, from which
+seed) gives the trial its id; where it runs and who watches it do not.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from lowrank.adapt.rules import AnyRule, Freeze, Rule, Train
+from lowrank.core.errors import BadInput, UnknownName, nearest
+from lowrank.core.spec import (
+    build,
+    check_fields,
+    digest,
+    fields_of,
+    refuse_targets,
+    spec,
+)
+from lowrank.data.buckets import Batching
+from lowrank.data.tasks import CATALOGUE as DATA
+from lowrank.deltas.catalogue import CATALOGUE as DELTAS
+from lowrank.sharding import MeshSpec
+from lowrank.track.trackers import Track
+from lowrank.train.guard import NonFinitePolicy
+from lowrank.train.loop import LoopSpec
+from lowrank.train.optim import CATALOGUE as OPTIMIZERS
+from lowrank.train.optim import AdamW
+
+#: Version of the trial id; raised when the meaning of a setting changes.
+TRIAL_VERSION = 1
+SCIENTIFIC = (
+    "base",
+    "data",
+    "delta",
+    "optim",
+    "loop",
+    "non_finite",
+    "evaluate",
+    "seed",
+)
+ASIDE = ("mesh", "track", "run", "plugins")
+#: Fields of scientific groups that change no result: a rehearsal that was stopped on
+#: purpose is continued by the same command without the stop.
+NOT_IN_ID = {"loop": ("stop_after",), "base": ("name",)}
+
+
+@spec
+class BaseSpec:
+    """Which base, and how it is built.
+
+    Attributes:
+      name: What reports call it.
+      source: `pypi:package==version`, a folder, a hub id, or `python:module:function`.
+      pooling: How token vectors become one: "mean", "cls" or "pooler".
+      scan: Whether layers are one scanned stack (compiles faster) or unrolled.
+      remat: What the backward pass recomputes: "none", "dots" or "full".
+      dtype: Compute dtype; weights stay float32.
+      max_length: Longest input in tokens; the base's own limit if None.
+    """
+
+    name: str = "base"
+    source: str
+    pooling: Literal["mean", "cls", "pooler"] = "mean"
+    scan: bool = True
+    remat: Literal["none", "full", "dots"] = "none"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    max_length: int | None = None
+
+
+@spec
+class Evaluation:
+    """How a finished run is judged.
+
+    Attributes:
+      batch_size: Rows per evaluation batch.
+      resamples: Bootstrap resamples per interval.
+      level: Confidence level of the intervals.
+      latency: Whether base, unmerged and merged inference are timed.
+      test: Whether the test split is scored; False keeps it sealed.
+    """
+
+    batch_size: int = 64
+    resamples: int = 1000
+    level: float = 0.95
+    latency: bool = True
+    test: bool = True
+
+
+@spec
+class RunSpec:
+    """Where a run lives and what becomes of what is already there.
+
+    Attributes:
+      root: Parent of the run directories.
+      directory: The run directory itself; `root/<trial id>` if None.
+      force: Take a directory that another base, data, code or config has written; its
+        content is moved aside. A run of the same identity is continued all the same,
+        so that a preempted command may be given again as it stands.
+      preview: Print sites, ranks, parameters, FLOPs and memory, and stop.
+      cache: Folder for bases and prepared data; the user's cache if None.
+      progress: Progress bar on a terminal.
+      hang_seconds: After so long without a step the stacks of all threads are shown
+        and the process ends with 76; None: never.
+      pause_seconds: The same for compiling, restoring, evaluating and saving.
+    """
+
+    root: str = "runs"
+    directory: str | None = None
+    force: bool = False
+    preview: bool = False
+    cache: str | None = None
+    progress: bool = True
+    hang_seconds: float | None = 1800.0
+    pause_seconds: float | None = 7200.0
+
+    def __post_init__(self) -> None:
+        for name in ("hang_seconds", "pause_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BadInput(f"run.{name} must be positive, or null, not {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One trial, checked."""
+
+    base: BaseSpec
+    data: Any
+    batching: Batching
+    delta: Mapping[str, Any]
+    optim: AdamW
+    loop: LoopSpec
+    non_finite: NonFinitePolicy
+    evaluate: Evaluation
+    mesh: MeshSpec
+    track: Track
+    run: RunSpec
+    seed: int
+    config: Mapping[str, Any]
+
+    @property
+    def trial_id(self) -> str:
+        """Twelve hexadecimal digits of a hash over the scientific part."""
+        part = {name: _told(name, self.config[name]) for name in SCIENTIFIC}
+        return digest({"version": TRIAL_VERSION, **part}, 12)
+
+    @property
+    def ref_rank(self) -> int | None:
+        """Divisor of every scale: the usual rank, which `delta.ranks` do not change."""
+        return self.delta.get("rank")
+
+    def rules(self, head: str) -> list[AnyRule]:
+        """The rules that the delta group stands for, given the head's pattern."""
+        return make_rules(self.delta, head)
+
+
+def read(config: Mapping[str, Any]) -> Settings:
+    """Checks a resolved config and builds what it names.
+
+    Raises:
+      BadInput: A key is unknown or missing, a value does not fit, or a `_target_`
+        occurs anywhere.
+    """
+    refuse_targets(config)
+    known = (*SCIENTIFIC, *ASIDE)
+    check_groups(config, known)
+    load_plugins(config.get("plugins"))
+    data = dict(_group(config, "data"))
+    batching = data.pop("batching", None)
+    seed = config.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        raise BadInput(f"seed must be a whole number from 0 to 2**31 - 1, not {seed!r}")
+    settings = Settings(
+        base=plain(BaseSpec, _group(config, "base"), "base"),
+        data=build(data, DATA, "data"),
+        batching=plain(Batching, batching, "data.batching"),
+        delta=_group(config, "delta"),
+        optim=build(_group(config, "optim"), OPTIMIZERS, "optim"),
+        loop=plain(LoopSpec, config.get("loop"), "loop"),
+        non_finite=plain(NonFinitePolicy, config.get("non_finite"), "non_finite"),
+        evaluate=plain(Evaluation, config.get("evaluate"), "evaluate"),
+        mesh=plain(MeshSpec, config.get("mesh"), "mesh"),
+        track=plain(Track, config.get("track"), "track"),
+        run=plain(RunSpec, config.get("run"), "run"),
+        seed=seed,
+        config={key: config.get(key) for key in known},
+    )
+    settings.rules("head/**")
+    if settings.track.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise BadInput(
+            "track.tensorboard=true needs the package tensorboardX: install "
+            "lowrank[tensorboard], or set it to false"
+        )
+    if settings.batching.batch_size % settings.optim.accumulate:
+        raise BadInput(
+            f"optim.accumulate = {settings.optim.accumulate} does not divide "
+            f"data.batching.batch_size = {settings.batching.batch_size}"
+        )
+    return settings
+
+
+def make_rules(delta: Mapping[str, Any], head: str) -> list[AnyRule]:
+    """Rules for a delta group: `lora` and its kin, `full` or `head`.
+
+    Args:
+      delta: name, rank, targets (a pattern or several), ranks, and the delta's own
+        fields. `ranks` maps patterns, of weights or of layers of a stack, to the rank
+        that they have instead, the first match first; 0 leaves them frozen. It changes
+        ranks only of what `targets` cover, and no scale.
+      head: Pattern of the weights trained in full beside the corrections.
+
+    Raises:
+      BadInput: A field is unknown, missing or out of range.
+    """
+    fields = dict(delta)
+    name = fields.get("name")
+    if name == "head":
+        _no_more(fields, {"name"}, "delta=head")
+        return [Train(head, init="dense")]
+    if name == "full":
+        _no_more(fields, {"name"}, "delta=full")
+        return [Train(head, init="dense"), Train("**", init="keep")]
+    rank, targets = fields.pop("rank", None), fields.pop("targets", None)
+    ranks = fields.pop("ranks", None)
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise BadInput(f"delta.rank must be a whole number, not {rank!r}")
+    patterns = [targets] if isinstance(targets, str) else targets
+    if not isinstance(patterns, Sequence) or not patterns:
+        raise BadInput(f"delta.targets must be one pattern or several, not {targets!r}")
+    recipe = build(fields, DELTAS, "delta")
+    rest = [Rule(p, recipe, rank, optional=bool(ranks)) for p in patterns]
+    rule = lambda pattern, own: Rule(pattern, recipe, own, among=tuple(patterns))
+    chosen = [] if ranks is None else _ranks(ranks, rule)
+    return [Train(head, init="dense"), *chosen, *rest]
+
+
+def _ranks(ranks: Any, rule: Callable[[str, int], Rule]) -> list[Rule | Freeze]:
+    """The rules that `delta.ranks` stands for."""
+    if not isinstance(ranks, Mapping):
+        raise BadInput(
+            'delta.ranks maps patterns to ranks, as {"**/layer[0:3]/**": 4}, not '
+            f"{ranks!r}"
+        )
+    found: list[Rule | Freeze] = []
+    for pattern, rank in ranks.items():
+        if type(rank) is not int or rank < 0 or not isinstance(pattern, str):
+            raise BadInput(
+                f"delta.ranks[{pattern!r}] must be a whole number of at least 0, where "
+                f"0 leaves the layers frozen, not {rank!r}"
+            )
+        found.append(rule(pattern, rank) if rank else Freeze(pattern))
+    return found
+
+
+def _no_more(fields: Mapping[str, Any], known: set[str], where: str) -> None:
+    if extra := set(fields) - known:
+        raise UnknownName(f"{where} takes no {', '.join(sorted(extra))}")
+
+
+def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    group = config.get(name)
+    if not isinstance(group, Mapping):
+        raise BadInput(f"config group {name!r} is missing: choose one with {name}=NAME")
+    return group
+
+
+def _told(name: str, group: Any) -> Any:
+    """A group without the fields that do not count for the trial's id."""
+    left_out = NOT_IN_ID.get(name, ())
+    if not isinstance(group, Mapping):
+        return group
+    told = {key: value for key, value in group.items() if key not in left_out}
+    if name == "delta":
+        # Their order decides, and a hash of a mapping does not know it.
+        ranks = told.pop("ranks", None)
+        told |= {"ranks": [list(pair) for pair in ranks.items()]} if ranks else {}
+    return told
+
+
+def check_groups(config: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuses keys at the top of a config that mean nothing.
+
+    Raises:
+      UnknownName: A key is not in `known`.
+    """
+    for key in config:
+        if key not in known:
+            raise UnknownName(
+                f"config has no group {key!r}. Nearest: {nearest(str(key), known)}."
+            )
+
+
+def plain(cls: type, fields: Any, where: str) -> Any:
+    """Builds a group that has no catalogue, fields only; None means the defaults.
+
+    Raises:
+      BadInput: It is no group, or a field is unknown or does not fit.
+    """
+    fields = {} if fields is None else fields
+    if not isinstance(fields, Mapping):
+        raise BadInput(
+            f"{where} is a group of fields ({', '.join(fields_of(cls))}), not "
+            f"{fields!r}"
+        )
+    try:
+        check_fields(cls, fields)
+        return cls(**fields)
+    except BadInput as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def load_plugins(modules: Any) -> None:
+    """Imports the packages that a command line names, so that they can register.
+
+    Raises:
+      BadInput: It is no list of names, or one of them cannot be imported.
+    """
+    modules = [] if modules is None else modules
+    if isinstance(modules, str) or not all(isinstance(m, str) for m in modules):
+        raise BadInput(f"plugins is a list of packages, as [one,two], not {modules!r}")
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except (ImportError, ValueError) as error:
+            raise BadInput(
+                f"plugins: cannot import {module!r} ({error}); install it, or run from "
+                "the folder it is in"
+            ) from error

@@ -1,0 +1,196 @@
+"""A finished run, opened again: its record, its model, its predictions."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from lowrank.adapt.attach import Adapted, attach
+from lowrank.core.arrays import Dials, Trained
+from lowrank.core.errors import BadInput, Corrupt
+from lowrank.core.trees import flatten, shapes_of
+from lowrank.data.pipeline import eval_batches
+from lowrank.data.splits import Split
+from lowrank.data.tokens import tokenize
+from lowrank.io.files import write_atomically
+from lowrank.io.hub import Base
+from lowrank.io.view import RecordView, load_record
+from lowrank.run.prepare import load_base, max_length
+from lowrank.run.settings import Settings, read
+
+#: The trained tree and the dials of a run, in the run's own layout.
+TRAINED = "trained.safetensors"
+TRAINED_SCHEMA = "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What `load_run` returns.
+
+    Attributes:
+      record: Config, metrics, costs and predictions.
+      settings: The config, checked.
+      base: The pretrained model.
+      adapted: The model with its corrections.
+      trained, dials: Of the run's best state.
+      classes: Names of the labels, in the order of the logits.
+    """
+
+    record: RecordView
+    settings: Settings
+    base: Base
+    adapted: Adapted
+    trained: Trained
+    dials: Dials
+    classes: tuple[str, ...]
+
+    def logits(self, batch: Mapping[str, Any]) -> np.ndarray:
+        """Logits of a batch of "ids" and "mask"."""
+        inputs = {"ids": jnp.asarray(batch["ids"]), "mask": jnp.asarray(batch["mask"])}
+        return np.asarray(self._program(self.adapted.frozen(), inputs))
+
+    @property
+    def _program(self):
+        # Compiled once per run object and batch shape.
+        if "_jitted" not in self.__dict__:
+            apply = self.adapted.apply
+            jitted = jax.jit(lambda f, t, d, x: apply(f, t, x, dials=d))
+            self.__dict__["_jitted"] = jitted
+        jitted = self.__dict__["_jitted"]
+        return lambda frozen, x: jitted(frozen, self.trained, self.dials, x)
+
+
+def write_trained(
+    directory: Path, trained: Trained, dials: Dials, metadata: Mapping[str, str]
+) -> None:
+    """Writes the trained tree and the dials of one trial, atomically."""
+    leaves, _ = flatten({"trained": trained, "dials": dials})
+    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+    text = save(arrays, {"schema": TRAINED_SCHEMA, **metadata})
+    write_atomically(directory / TRAINED, lambda file: file.write(text))
+
+
+def read_trained(directory: Path, like: Mapping[str, Any], base: str):
+    """Reads what `write_trained` wrote, into the structure of `like`.
+
+    Raises:
+      Corrupt: The file is damaged, belongs to another base, or holds other leaves.
+    """
+    path = directory / TRAINED
+    wanted, structure = flatten(like)
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Corrupt(
+            f"{path} cannot be read: {error}. Run the trial again."
+        ) from error
+    if metadata.get("schema") != TRAINED_SCHEMA:
+        raise Corrupt(
+            f"{path} has schema {metadata.get('schema')!r}, and this version reads "
+            f"{TRAINED_SCHEMA!r}. Install the version of lowrank that wrote it."
+        )
+    if metadata.get("base") != base:
+        raise Corrupt(
+            f"{path} was trained on the base with fingerprint {metadata.get('base')}, "
+            f"but this base has {base}; give the base the run was made with"
+        )
+    shape = lambda leaf: (tuple(leaf.shape), str(leaf.dtype))
+    if {n: shape(a) for n, a in found.items()} != {
+        n: shape(a) for n, a in wanted.items()
+    }:
+        odd = sorted(set(found) ^ set(wanted))[:5]
+        raise Corrupt(
+            f"{path} does not fit the config beside it: {odd or 'shapes differ'}"
+        )
+    return structure.unflatten({n: jnp.asarray(a) for n, a in found.items()})
+
+
+def load_run(directory: str | Path, *, cache: str | None = None) -> Run:
+    """Opens a finished run.
+
+    Args:
+      directory: The run directory.
+      cache: Folder of bases and prepared data; the one that the run used if None.
+
+    Raises:
+      BadInput: There is no finished run.
+      Corrupt: A file of it is damaged, or the base is another one than it was.
+    """
+    record = load_record(directory)
+    if record.result is None:
+        raise BadInput(
+            f"{directory} holds no finished run (status "
+            f"{record.status.get('status')}); give its command again to finish it"
+        )
+    settings = read(record.config)
+    if cache is not None:
+        run = dataclasses.replace(settings.run, cache=cache)
+        settings = dataclasses.replace(settings, run=run)
+    base = load_base(settings, len(record.result["data"]["classes"]))
+    example = {
+        "ids": jax.ShapeDtypeStruct((1, 8), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((1, 8), jnp.bool_),
+    }
+    adapted = attach(
+        base.apply,
+        base.params,
+        example,
+        rules=settings.rules(base.head),
+        ref_rank=settings.ref_rank,
+    )
+    trained = jax.eval_shape(adapted.init_trained, jax.random.key(0))
+    like = {"trained": trained, "dials": shapes_of(adapted.dials())}
+    record.check(TRAINED)
+    stored = read_trained(Path(directory), like, base.fingerprint)
+    return Run(
+        record,
+        settings,
+        base,
+        adapted,
+        stored["trained"],
+        stored["dials"],
+        tuple(record.result["data"]["classes"]),
+    )
+
+
+def predict(run: Run, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Labels and probabilities for new texts.
+
+    Args:
+      run: From `load_run`.
+      texts: One string per row, none of them empty.
+
+    Returns:
+      One dict per text: "label", "probability", and "logits" over `run.classes`.
+    """
+    if isinstance(texts, str) or not all(isinstance(t, str) and t for t in texts):
+        raise BadInput("predict takes a list of non-empty strings")
+    limit = max_length(run.settings, run.base)
+    labels = np.zeros(len(texts), np.int32)
+    split = Split(tuple(map(str, range(len(texts)))), tuple(texts), labels, None)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = tokenize(
+            split, run.base.tokenizer, max_length=limit, data="texts", cache=folder
+        )
+    rows: list[dict[str, Any]] = [{} for _ in texts]
+    for batch in eval_batches(tokens, labels, run.settings.batching):
+        logits = run.logits(batch)
+        probabilities = np.asarray(jax.nn.softmax(jnp.asarray(logits), axis=-1))
+        for at, index in enumerate(batch["index"]):
+            if index >= 0:
+                best = int(probabilities[at].argmax())
+                rows[index] = {
+                    "label": run.classes[best],
+                    "probability": float(probabilities[at, best]),
+                    "logits": logits[at],
+                }
+    return rows

@@ -1,0 +1,127 @@
+"""Watches for what may end a run early: signals and numbers that are not finite."""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from lowrank.core.errors import PREEMPTED, BadInput, NonFinite, Preempted
+from lowrank.core.spec import spec
+
+logger = logging.getLogger(__name__)
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a request to stop after the present step.
+
+    A second signal ends the process at once; the checkpoints on disk stay good.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:  # Not the main thread: the caller's handlers stay.
+                logger.debug("signals are left to the main thread")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        del frame
+        if self.received:
+            os._exit(PREEMPTED)
+        self.received = signal.Signals(number).name
+        logger.warning("%s: saving after this step, then stopping", self.received)
+
+
+def end_at_next_signal() -> None:
+    """Makes the next SIGTERM or SIGINT end the process at once with `PREEMPTED`.
+
+    For a command that was stopped and only has to say so: with Python's own handlers
+    back, a second signal would end it as a bug, which no scheduler starts again.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Outside the main thread the caller's handlers stay.
+        with contextlib.suppress(ValueError):
+            signal.signal(number, lambda *_: os._exit(PREEMPTED))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Makes SIGTERM and SIGINT end the block with `Preempted`, wherever it is.
+
+    Outside the training steps nothing needs to be saved first. Inside, `StopSignal`
+    takes over. A second signal ends the process at once.
+
+    Raises:
+      Preempted: A signal came.
+    """
+    received: list[str] = []
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        if received:
+            os._exit(PREEMPTED)
+        received.append(signal.Signals(number).name)
+        # Not an `Exception`: nothing that shrugs off errors may swallow it.
+        raise KeyboardInterrupt(f"stopped by {received[0]}")
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Outside the main thread the caller's handlers stay.
+            with contextlib.suppress(ValueError):
+                before[number] = signal.signal(number, handle)
+        yield
+    except KeyboardInterrupt as stop:
+        raise Preempted(
+            f"{stop or 'stopped by SIGINT'} outside the training steps; what was saved "
+            "is kept, and the same command continues"
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@spec
+class NonFinitePolicy:
+    """What to do about a step whose loss or gradient norm is not finite.
+
+    The step itself never applies such an update. Then `halt` ends the run; `skip` goes
+    on with the next batch, at most `limit` times; `rollback` restores the last
+    checkpoint and jumps over the batches since, at most `limit` times.
+    """
+
+    action: Literal["halt", "skip", "rollback"] = "halt"
+    limit: int = 10
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise BadInput(f"non_finite.limit must be at least 1, not {self.limit}")
+
+    def decide(self, step: int, trials: list[int], seen: int) -> str:
+        """The action for a bad step, given how many bad steps there were before.
+
+        Raises:
+          NonFinite: The policy is to halt, or the limit is reached.
+        """
+        if self.action == "halt" or seen >= self.limit:
+            spent = f" ({seen} before it)" if seen else ""
+            raise NonFinite(
+                f"loss or gradient norm is not finite at step {step}{spent}, in trials "
+                f"{trials}; the update was not applied, the last checkpoint is good. "
+                "Lower optim.lr, set optim.clip, or non_finite.action=skip|rollback."
+            )
+        logger.warning(
+            "step %d is not finite in trials %s: %s", step, trials, self.action
+        )
+        return self.action

@@ -1,0 +1,58 @@
+"""What a step minimizes: a sum over targets and the weight it is divided by.
+
+A loss returns sums, not means, so that micro-batches, shards and padded rows add up
+to exactly what one large batch without padding would give.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowrank.core.arrays import Scalar
+
+
+class Sums(NamedTuple):
+    """Loss and weight, each summed over a batch, and further sums to report."""
+
+    loss: Scalar
+    weight: Scalar
+    extra: dict[str, Scalar]
+
+
+#: (model outputs, batch, constants of the trial) -> sums
+Loss = Callable[[Any, Mapping[str, Array], Mapping[str, Array]], Sums]
+
+
+def cross_entropy(
+    logits: Float[Array, "*rows classes"],
+    batch: Mapping[str, Array],
+    constants: Mapping[str, Array],
+) -> Sums:
+    """-sum_i w_i sum_c q_ic log p_ic with q = (1 - e) onehot(label) + e / classes.
+
+    Labels and weights may have any number of axes, one fewer than the logits: rows of
+    a classification task, or tokens of a language model. Rows of weight zero are
+    padding; their labels are not looked at.
+
+    Args:
+      logits: Model outputs.
+      batch: "label" and "weight" of shape `rows`.
+      constants: "label_smoothing" e.
+
+    Returns:
+      Summed loss, summed weight, and the weight of correctly classified rows.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    weight = batch["weight"].astype(jnp.float32)
+    label = jnp.where(weight > 0, batch["label"], 0)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    picked = jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0]
+    smooth = constants["label_smoothing"]
+    loss = -((1 - smooth) * picked + smooth * jnp.mean(log_p, axis=-1))
+    correct = (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)
+    return Sums(
+        jnp.sum(loss * weight), jnp.sum(weight), {"accuracy": jnp.sum(correct * weight)}
+    )

@@ -1,0 +1,120 @@
+"""What changes from step to step, for all trials of a pack, and nothing else.
+
+The base is not in here: it is an argument of the step, never copied, never donated.
+Every leaf but `step` has a leading axis of trials.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lowrank.core.arrays import Frozen, Key, Trained
+from lowrank.train import optim as optimizers
+from lowrank.train.optim import AdamW
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "step", "trained", "opt", "dials", "constants", "key", "best", "best_value",
+        "best_step", "skipped",
+    ],
+    meta_fields=[],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a pack between two steps.
+
+    Attributes:
+      step: Steps taken, an integer scalar; after a rollback the data is further on.
+      trained, opt, dials: The trial's trained tree, optimizer state and dials.
+      constants: Constants of optimizer and loss that may differ between trials.
+      key: Root of the trial's randomness.
+      best, best_value, best_step: The trained tree at its best validation so far.
+      skipped: Steps whose loss or gradient was not finite.
+    """
+
+    # Leaves may also be shapes, shardings or axes, as in any tree: hence Any.
+    step: Any
+    trained: Any
+    opt: Any
+    dials: Any
+    constants: Any
+    key: Any
+    best: Any
+    best_value: Any
+    best_step: Any
+    skipped: Any
+
+    def replace(self, **changes: Any) -> "TrainState":
+        return dataclasses.replace(self, **changes)
+
+
+def trial_key(seed: int) -> Key:
+    """The root key of a trial."""
+    return jax.random.key(seed)
+
+
+def start(
+    init_trained: Callable[..., Trained],
+    dials: Mapping[str, Mapping[str, Array]],
+    optims: Sequence[AdamW],
+    seeds: Sequence[int],
+    base: Frozen | None = None,
+) -> TrainState:
+    """The state of a pack before its first step.
+
+    Args:
+      init_trained: key, or (key, base) where a base is given -> a trained tree.
+      dials: The default dials, the same for every trial.
+      optims: One per trial; static choices are the first one's.
+      seeds: One per trial.
+      base: What the start may read of the base, as an argument of the program.
+    """
+    count = len(seeds)
+    tables = [optim.constants() for optim in optims]
+    constants = {
+        name: np.array([table[name] for table in tables], np.float32)
+        for name in tables[0]
+    }
+
+    def begin(keys: Any, dials: Any, constants: Any, given: Any) -> TrainState:
+        trained = jax.vmap(lambda key: init_trained(key, *given))(keys)
+        return TrainState(
+            step=jnp.int32(0),
+            trained=trained,
+            opt=jax.vmap(lambda t: optimizers.init(optims[0], t))(trained),
+            dials=jax.tree.map(lambda x: jnp.stack([x] * count), dials),
+            constants=constants,
+            key=keys,
+            best=trained,
+            best_value=jnp.full(count, jnp.finfo(jnp.float32).min),
+            best_step=jnp.full(count, -1, jnp.int32),
+            skipped=jnp.zeros(count, jnp.int32),
+        )
+
+    keys = jnp.stack([trial_key(seed) for seed in seeds])
+    # One program: op by op, each of some fifty small ones would be compiled alone.
+    given = () if base is None else (dict(base),)
+    return jax.jit(begin)(keys, dict(dials), constants, given)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def improve(state: TrainState, values: Float[Array, " trials"]) -> TrainState:
+    """Keeps the trained tree of every trial whose validation value is a new best."""
+    better = values > state.best_value
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(better.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+
+    return state.replace(
+        best=jax.tree.map(keep, state.trained, state.best),
+        best_value=jnp.where(better, values, state.best_value),
+        best_step=jnp.where(better, state.step, state.best_step),
+    )

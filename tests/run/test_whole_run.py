@@ -1,0 +1,438 @@
+"""A complete run leaves its whole record, once, and it can be opened again."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from tiny_run import (
+    composed,
+    counting_compilations,
+    metric_rows,
+    predictions,
+    same_outcome,
+    write_base,
+    write_table,
+)
+
+from lowrank.core.errors import BadInput, Corrupt, NonFinite
+from lowrank.io.seals import write_sealed
+from lowrank.run.judge import evaluate_run
+from lowrank.run.settings import read
+from lowrank.run.stored import load_run, predict
+from lowrank.run.trial import run_trial
+
+
+def estimates(scores):
+    found = {name: value["estimate"] for name, value in scores["metrics"].items()}
+    # Of a class with few rows the recall is not defined.
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def test_the_record_is_whole(finished):
+    directory, result = finished
+    for name in (
+        ".hydra/config.yaml",
+        ".hydra/overrides.yaml",
+        "config.yaml",
+        "environment.json",
+        "status.json",
+        "metrics.jsonl",
+        "sites.json",
+        "costs.json",
+        "ranks.npz",
+        "predictions/validation.npz",
+        "predictions/test.npz",
+        "trained.safetensors",
+        "result.json",
+    ):
+        assert (directory / name).is_file(), name
+    assert list(directory.glob("checkpoints/*/integrity"))
+    status = json.loads((directory / "status.json").read_text())
+    assert status["status"] == "done"
+    assert json.loads((directory / "result.json").read_text()) == json.loads(
+        json.dumps(result)
+    )
+    last = (directory / "result.json").stat().st_mtime_ns
+    others = [p for p in directory.rglob("*") if p.is_file()]
+    after = {p.name for p in others if p.stat().st_mtime_ns > last}
+    # Whoever looks whether it is finished takes the lock.
+    assert after <= {"status.json", ".lock"}, "written after the result"
+
+
+def test_hydra_files_hold_what_was_asked_for_without_secrets(finished, world):
+    directory, _ = finished
+    config = yaml.safe_load((directory / ".hydra/config.yaml").read_text())
+    assert config["seed"] == 3
+    assert config["base"]["source"] == str(world.base)
+    overrides = yaml.safe_load((directory / ".hydra/overrides.yaml").read_text())
+    assert overrides[0] == "seed=3"
+    assert "sk-0123456789" not in (directory / ".hydra/overrides.yaml").read_text()
+
+
+def test_the_task_is_learned_and_judged_with_intervals(finished):
+    _, result = finished
+    for split in ("validation", "test"):
+        metrics = result["scores"][split]["metrics"]
+        assert metrics["accuracy"]["estimate"] > 0.6, "chance is a third"
+        loss = metrics["log_loss"]
+        assert 0 < loss["low"] < loss["estimate"] < loss["high"]
+    assert result["data"]["rows"] == {"train": 61, "validation": 11, "test": 18}
+    assert result["steps"] == 18
+
+
+def test_predictions_give_the_scores(finished):
+    directory, result = finished
+    for split, rows in (("validation", 11), ("test", 18)):
+        stored = predictions(directory, split)
+        assert stored["logits"].shape == (rows, 3)
+        assert len(set(stored["id"].tolist())) == rows
+        right = (stored["logits"].argmax(1) == stored["labels"]).mean()
+        found = estimates(result["scores"][split])["accuracy"]
+        assert right == pytest.approx(found)
+
+
+def test_metrics_cover_every_step_once(finished):
+    directory, result = finished
+    rows = metric_rows(directory)
+    trained = [row["step"] for row in rows if "train/loss" in row]
+    assert trained == sorted(set(trained))
+    assert trained[-1] == result["steps"], "the last steps are logged, too"
+    validated = [row["step"] for row in rows if "validation/accuracy" in row]
+    assert validated == [9, 18]
+
+
+def test_costs_are_sane(finished):
+    directory, result = finished
+    costs = load_run(directory).record.costs
+    assert costs == json.loads(json.dumps(result["costs"]))
+    head = 24 * 3 + 3
+    factors = 3 * 4 * (4 * (24 + 24) + 2 * (24 + 40))
+    assert costs["trained_parameters"] == head + factors
+    assert costs["total_parameters"] > costs["trained_parameters"]
+    assert costs["adapter_bytes"] == 4 * costs["trained_parameters"]
+    assert set(costs["shapes"]) == {"8x8", "8x16"}
+    assert costs["shapes"]["8x16"]["flops"] > costs["shapes"]["8x8"]["flops"] > 1e5
+    assert costs["step_flops"] == costs["shapes"]["8x16"]["flops"]
+    assert costs["step_peak_bytes"] > costs["adapter_bytes"]
+    assert 0 < costs["step_median_seconds"] < costs["compile_seconds"] < 300
+    assert costs["num_steps_measured"] == result["steps"] - 2
+    assert costs["inference"] is None, "not asked for"
+
+
+def test_latency_is_measured_for_base_unmerged_and_merged(world, tmp_path):
+    given = ["evaluate.latency=true", "optim.epochs=1", "delta.targets='**/up/kernel'"]
+    short = ["data.batching.buckets=[16]", "evaluate.test=false"]
+    directory = f"run.directory={tmp_path / 'run'}"
+    result = run_trial(world.config(directory, *given, *short))
+    found = result["costs"]["inference"]
+    arms = [f"{a}, {n} x 16" for n in (1, 8) for a in ("base", "unmerged", "merged")]
+    assert sorted(found) == sorted(arms)
+    for timed in found.values():
+        assert 0 < timed["p10_seconds"] <= timed["median_seconds"] < 1
+    assert set(result["scores"]) == {"validation"}, "the test split stays sealed"
+    assert not (tmp_path / "run/predictions/test.npz").exists()
+
+
+def test_validation_chooses_the_best_state(world, tmp_path):
+    # At this rate the second epoch undoes what the first one learned.
+    spoiling = ["optim.lr=0.1", "optim.schedule=constant", "optim.epochs=4"]
+    directory = tmp_path / "run"
+    select = "loop.select=log_loss"
+    result = run_trial(world.config(f"run.directory={directory}", select, *spoiling))
+    validated = {
+        row["step"]: row["validation/log_loss"]
+        for row in metric_rows(directory)
+        if "validation/log_loss" in row
+    }
+    best = min(validated, key=validated.__getitem__)
+    assert best != max(validated), "else this test shows nothing"
+    assert result["best_step"] == best
+    found = estimates(result["scores"]["validation"])["log_loss"]
+    assert found == pytest.approx(validated[best], rel=1e-5)
+
+
+def test_the_same_command_returns_the_stored_result(finished, world):
+    directory, result = finished
+    before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+    overrides = [f"run.directory={directory}", "seed=3"]
+    with counting_compilations() as compiled:
+        again = run_trial(world.config(*overrides, "track=local", "run.progress=false"))
+    assert not compiled
+    assert again == json.loads(json.dumps(result))
+    changed = {p.name for p in before if p.stat().st_mtime_ns != before[p]}
+    assert changed <= {".lock"}
+
+
+def test_each_shape_compiles_once_and_before_the_first_step(world, monkeypatch):
+    from lowrank.train.pack import Pack
+
+    marks, step = [], Pack.__call__
+
+    def watched(self, state, batch):
+        marks.append(len(compiled))
+        return step(self, state, batch)
+
+    monkeypatch.setattr(Pack, "__call__", watched)
+    directory = f"run.directory={world.runs / 'counted'}"
+    with counting_compilations() as compiled:
+        run_trial(world.config(directory, "seed=8"))
+    assert len(marks) == 18
+    assert set(marks) == {marks[0]}, compiled[marks[0] : marks[-1]]
+    names = [re.sub(r"^jit\((.*)\)$", r"\1", name) for name in compiled]
+    assert names.count("packed") == 2, "two buckets"
+    assert names.count("infer") == 2, "two buckets of validation; test has the same"
+
+
+def test_the_host_does_constant_work_per_step(world, monkeypatch):
+    from lowrank.train.pack import Pack
+
+    transfers, get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: transfers.append(x) or get(x))
+    steps, step = [], Pack.__call__
+    call = lambda self, *args: steps.append(len(transfers)) or step(self, *args)
+    monkeypatch.setattr(Pack, "__call__", call)
+    quiet = ["loop.checkpoint_every=1000", "loop.evaluate_every=1000", "seed=9"]
+    run_trial(world.config(f"run.directory={world.runs / 'constant'}", *quiet))
+    # A step's numbers are read while the next one runs: one transfer each, one late.
+    assert np.diff(steps).tolist() == [0] + [1] * 16
+
+
+def test_the_base_is_not_changed(world, finished, monkeypatch):
+    _, result = finished
+    base = load_run(finished[0]).base
+    assert base.fingerprint == result["base"]["fingerprint"]
+    from lowrank.run import trial
+
+    def vandal(directory, prepared, fitted):
+        raise AssertionError("shipped although the base had changed")
+
+    seen = iter(["before", "after"])
+    real = trial.fingerprint
+    monkeypatch.setattr(trial, "ship", vandal)
+    monkeypatch.setattr(
+        trial,
+        "fingerprint",
+        lambda tree: real(tree) if "opt" in tree else next(seen),
+    )
+    directory = world.runs / "vandal"
+    with pytest.raises(Corrupt, match="base changed"):
+        run_trial(world.config(f"run.directory={directory}"))
+    assert not (directory / "result.json").exists()
+    assert json.loads((directory / "status.json").read_text())["status"] == "failed"
+
+
+# A finished run, opened again.
+
+
+def test_a_run_opens_to_the_model_it_judged(finished):
+    directory, result = finished
+    run = load_run(directory)
+    assert run.classes == ("animal", "color", "weather")
+    assert run.settings.trial_id == result["trial"]
+    rows = predict(
+        run, ["word1 word2 cat word3", "word5 pink", "word9 word8 fog word1"]
+    )
+    assert [row["label"] for row in rows] == ["animal", "color", "weather"]
+    for row in rows:
+        p = np.exp(row["logits"]) / np.exp(row["logits"]).sum()
+        assert row["probability"] == pytest.approx(p.max(), rel=1e-5)
+
+
+def test_predictions_do_not_depend_on_their_neighbors(finished):
+    run = load_run(finished[0])
+    texts = ["word1 dog", "word2 " * 12 + "red", "word3 snow word4"]
+    together = predict(run, texts)
+    for text, row in zip(texts, together, strict=True):
+        alone = predict(run, [text])[0]
+        np.testing.assert_allclose(alone["logits"], row["logits"], rtol=1e-4, atol=1e-5)
+    for wrong in ("text", ["", "b"]):
+        with pytest.raises(BadInput, match="non-empty strings"):
+            predict(run, wrong)
+
+
+@pytest.mark.parametrize("merged", ["false", "true"])
+def test_judging_again_agrees_with_the_stored_scores(finished, merged):
+    directory, result = finished
+    config = composed(
+        "evaluate", f"run.directory={directory}", f"merged={merged}",
+        "evaluate.resamples=50",
+    )  # fmt: skip
+    found = evaluate_run(config)
+    assert found["merged"] is (merged == "true")
+    ours, theirs = found["scores"]["test"], result["scores"]["test"]
+    assert ours["num_rows"] == theirs["num_rows"] == 18
+    for name, value in estimates(theirs).items():
+        assert estimates(ours)[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_new_data_may_lack_classes_but_not_bring_new_ones(finished, tmp_path):
+    directory, _ = finished
+    judged = [f"run.directory={directory}", "+data=table", "evaluate.resamples=20"]
+    some = write_table(tmp_path / "some.csv", 12, seed=5, classes=("color", "weather"))
+    found = evaluate_run(composed("evaluate", *judged, f"data.path={some}"))
+    assert estimates(found["scores"]["test"])["accuracy"] > 0.5
+    other = tmp_path / "other.csv"
+    other.write_text(some.read_text().replace(",color", ",sound"))
+    with pytest.raises(BadInput, match="does not know, as 'sound'"):
+        evaluate_run(composed("evaluate", *judged, f"data.path={other}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("split=train2", "no split"),
+        ("split=3", "split must be str"),
+        ("merged=maybe", "merged must be bool"),
+        ("+speed=3", "no group 'speed'"),
+        ("+run.root=x", "no field 'root'"),
+        ("evaluate.level=high", "level must be float"),
+        ("plugins=os", "list of packages"),
+        ("+data._target_=os.system", "refused"),
+    ],
+)
+def test_judging_refuses_what_it_does_not_know(finished, override, said):
+    config = composed("evaluate", f"run.directory={finished[0]}", override)
+    with pytest.raises(BadInput, match=said):
+        evaluate_run(config)
+
+
+def test_only_a_finished_run_is_opened(world, tmp_path):
+    with pytest.raises(BadInput, match="no run directory"):
+        load_run(tmp_path / "nothing")
+    stored = {"schema": 1, "identity": {}, "status": "preempted"}
+    write_sealed(tmp_path / "status.json", stored)
+    with pytest.raises(BadInput, match="no finished run"):
+        load_run(tmp_path)
+
+
+@pytest.mark.fault(
+    "trained weights on another base",
+    "refused by fingerprint",
+)
+def test_a_run_is_not_opened_on_another_base_or_a_damaged_file(world, tmp_path):
+    base = write_base(tmp_path / "base")
+    directory = tmp_path / "run"
+    run_trial(
+        world.config(f"base.source={base}", f"run.directory={directory}", "delta=head")
+    )
+    load_run(directory)
+    content = (directory / "trained.safetensors").read_bytes()
+    (directory / "trained.safetensors").write_bytes(content[:-5])
+    with pytest.raises(Corrupt, match=r"SHA256SUMS says"):
+        load_run(directory)
+    (directory / "trained.safetensors").write_bytes(content)
+    write_base(base, seed=1)
+    with pytest.raises(Corrupt, match="give the base the run was made with"):
+        load_run(directory)
+
+
+# Variants, each through the config alone.
+
+
+def test_a_preview_shows_the_run_and_leaves_nothing(world, tmp_path):
+    overrides = [f"run.directory={tmp_path / 'run'}", "run.preview=true"]
+    shown = run_trial(world.config(*overrides))
+    assert shown["steps"] == 18
+    assert {site["rank"] for site in shown["sites"]} == {4}
+    assert len(shown["sites"]) == 6
+    assert shown["sizes"]["trained_parameters"] == 3915
+    assert shown["step"]["flops"] > 1e5
+    assert shown["step"]["peak_bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preview_counts_what_the_run_then_costs(finished, world):
+    overrides = ["run.preview=true", "seed=3"]
+    shown = run_trial(world.config(*overrides))
+    costs = finished[1]["costs"]
+    assert shown["step"]["flops"] == costs["step_flops"]
+    assert shown["trial"] == finished[1]["trial"]
+    assert shown["sizes"]["trained_parameters"] == costs["trained_parameters"]
+
+
+@pytest.mark.parametrize("delta", ["head", "full"])
+def test_head_and_full_training_are_runs_like_others(world, delta):
+    directory = world.runs / delta
+    lr = {"head": "optim.lr=0.05", "full": "optim.lr=0.003"}[delta]
+    result = run_trial(world.config(f"run.directory={directory}", f"delta={delta}", lr))
+    assert estimates(result["scores"]["test"])["accuracy"] > 0.6
+    count = result["costs"]["trained_parameters"]
+    assert count == (75 if delta == "head" else result["costs"]["total_parameters"])
+    again = evaluate_run(composed("evaluate", f"run.directory={directory}"))
+    assert estimates(again["scores"]["test"]) == pytest.approx(
+        estimates(result["scores"]["test"]), rel=1e-4, abs=1e-5
+    )
+
+
+def test_early_stopping_ends_the_run_and_a_repeat_knows(world, tmp_path):
+    # At this rate nothing is learned, so the first validation stays the best.
+    still = ["optim.lr=1e-9", "optim.epochs=9", "loop.patience=2"]
+    directory = tmp_path / "run"
+    result = run_trial(world.config(f"run.directory={directory}", *still))
+    assert result["steps"] == 27
+    assert result["best_step"] == 9
+    (directory / "result.json").unlink()
+    with counting_compilations() as compiled:
+        again = run_trial(world.config(f"run.directory={directory}", *still))
+    assert not [name for name in compiled if "packed" in name]
+    assert again["state"] == result["state"]
+    assert again["costs"] == json.loads(json.dumps(result["costs"]))
+
+
+@pytest.mark.parametrize("action", ["halt", "skip", "rollback"])
+@pytest.mark.fault(
+    "loss that is not finite at one step: halt, skip, rollback",
+    "as the policy says; no such state is ever saved",
+)
+def test_a_step_that_is_not_finite_meets_the_policy(world, action, monkeypatch):
+    from lowrank.data.pipeline import TrainPipeline
+
+    batch_at = TrainPipeline.batch_at
+
+    def poisoned(self, step):
+        batch = batch_at(self, step)
+        bad = np.full_like(batch["weight"], np.inf)
+        return {**batch, "weight": bad} if step == 4 else batch
+
+    monkeypatch.setattr(TrainPipeline, "batch_at", poisoned)
+    directory = world.runs / f"poisoned-{action}"
+    overrides = [f"run.directory={directory}", f"non_finite.action={action}"]
+    if action == "halt":
+        with pytest.raises(NonFinite, match="step 4"):
+            run_trial(world.config(*overrides))
+        status = json.loads((directory / "status.json").read_text())
+        assert status["status"] == "failed"
+        assert "NonFinite" in status["reason"]
+        return
+    result = run_trial(world.config(*overrides))
+    assert estimates(result["scores"]["test"])["accuracy"] > 0.6
+    assert metric_rows(directory)[-2]["step"] == 18
+    # Rolled back to step 3, the state has not seen batches 3 and 4 (and 5).
+    assert result["steps"] == (18 if action == "skip" else 15)
+    assert result["skipped_steps"] == (1 if action == "skip" else 0)
+
+
+def test_trial_ids_follow_the_science_alone(world):
+    same = [
+        "run.root=elsewhere", "track.project=other", "mesh.data=2", "run.force=true",
+        "loop.stop_after=3", "base.name=other", "run.progress=false",
+    ]  # fmt: skip
+    other = [
+        "seed=1", "delta.rank=3", "optim.lr=0.1", "data.seed=2", "loop.patience=3",
+        "evaluate.batch_size=8", "base.pooling=cls", "non_finite.limit=2",
+    ]  # fmt: skip
+    trial = read(world.config()).trial_id
+    assert {read(world.config(o)).trial_id for o in same} == {trial}
+    ids = {read(world.config(o)).trial_id for o in other}
+    assert len(ids) == len(other)
+    assert trial not in ids
+
+
+def test_two_equal_commands_give_equal_runs(finished, world):
+    directory = world.runs / "twin"
+    overrides = [f"run.directory={directory}", "seed=3"]
+    run_trial(world.config(*overrides))
+    same_outcome(finished[0], directory)

@@ -1,0 +1,139 @@
+"""Every file in `conf/` composes, is understood, and shows every field there is."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from lowrank.core.spec import fields_of
+from lowrank.data.buckets import Batching
+from lowrank.data.tasks import CATALOGUE as DATA
+from lowrank.deltas.catalogue import CATALOGUE as DELTAS
+from lowrank.run import judge
+from lowrank.run.door import CONF, resolve
+from lowrank.run.settings import BaseSpec, Evaluation, RunSpec, read
+from lowrank.run.survey import Survey
+from lowrank.sharding import MeshSpec
+from lowrank.track import Track
+from lowrank.train.guard import NonFinitePolicy
+from lowrank.train.loop import LoopSpec
+from lowrank.train.optim import CATALOGUE as OPTIMIZERS
+
+GROUPS = {
+    "base": BaseSpec,
+    "evaluate": Evaluation,
+    "mesh": MeshSpec,
+    "track": Track,
+}
+CATALOGUES = {"data": DATA, "delta": DELTAS, "optim": OPTIMIZERS}
+FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+#: What a file leaves to the user.
+OWED = {"tfds": "data.dataset=ag_news_subset"}
+
+
+def composed(name, *overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return resolve(compose(name, overrides=list(overrides)))
+
+
+def content(path):
+    return yaml.safe_load((CONF / path).read_text())
+
+
+def fields(path):
+    """The fields that a file of a group has to show."""
+    group, name = path.parent.name, path.stem
+    if group in GROUPS:
+        return set(fields_of(GROUPS[group]))
+    if group == "delta" and name in ("head", "full"):
+        return {"name"}
+    own = {"name", *fields_of(CATALOGUES[group][content(path)["name"]])}
+    extra = {"data": {"batching"}, "delta": {"rank", "ranks", "targets"}}
+    return own | extra.get(group, set())
+
+
+def test_there_is_something_to_check():
+    assert {path.parent.name for path in FILES} >= {*GROUPS, *CATALOGUES, "experiment"}
+    assert Path(__file__).parents[1] / "conf" == CONF
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_of_a_group_is_understood(path):
+    group, name = path.parent.name, path.stem
+    owed = [OWED[name]] if name in OWED else []
+    settings = read(composed("config", f"{group}={name}", *owed))
+    assert settings.trial_id
+    assert settings.rules("head/**")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent.name != "experiment"], ids=str
+)
+def test_a_file_shows_every_field_and_no_other(path):
+    assert set(content(path)) == fields(path)
+    if path.parent.name == "data":
+        assert set(content(path)["batching"]) == set(fields_of(Batching))
+
+
+def test_every_name_of_a_catalogue_has_a_file():
+    for group, catalogue in CATALOGUES.items():
+        named = {content(p)["name"] for p in FILES if p.parent.name == group}
+        assert set(catalogue) <= named, group
+
+
+def test_the_main_file_shows_every_field_of_its_own_groups():
+    config = content("config.yaml")
+    for name, cls in {
+        "loop": LoopSpec,
+        "non_finite": NonFinitePolicy,
+        "run": RunSpec,
+    }.items():
+        assert set(config[name]) == set(fields_of(cls)), name
+    chosen = {next(iter(one)) for one in config["defaults"] if isinstance(one, dict)}
+    assert chosen >= {*GROUPS, *CATALOGUES}
+
+
+def test_the_file_of_evaluate_shows_every_field():
+    config = content("evaluate.yaml")
+    assert set(config["run"]) == set(fields_of(judge.Where))
+    assert set(fields_of(judge.What)) <= set(config)
+    assert composed("evaluate", "run.directory=x")["split"] == "test"
+
+
+def test_the_file_of_sites_shows_every_field():
+    config = composed("sites")
+    assert {*config} == {"base", "plugins", *fields_of(Survey)}
+    given = {name: config[name] for name in fields_of(Survey)}
+    assert Survey(**given) == Survey()
+
+
+@pytest.mark.parametrize(
+    "name", [p.stem for p in FILES if p.parent.name == "experiment"]
+)
+def test_an_experiment_says_what_it_asks(name):
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    assert text.startswith("# @package _global_\n")
+    for word in ("# Question:", "# Run:", "# Cost:", "# Expect:"):
+        assert word in text
+
+
+def test_defaults_in_files_are_the_defaults_in_code():
+    settings = read(composed("config"))
+    assert settings.loop == LoopSpec()
+    assert settings.non_finite == NonFinitePolicy()
+    assert settings.run == RunSpec()
+    assert settings.mesh == MeshSpec()
+    assert settings.evaluate == Evaluation()
+    assert settings.optim == OPTIMIZERS["adamw"]()
+    for name, cls in DATA.items():
+        if name != "tfds":
+            given = {k: v for k, v in content(f"data/{name}.yaml").items()}
+            given = {k: v for k, v in given.items() if k not in ("name", "batching")}
+            assert cls(**given) == cls(), name
+
+
+def test_doors_name_files_that_are_there():
+    for door in ("train", "evaluate", "demo", "sites"):
+        assert callable(importlib.import_module(f"experiments.{door}").main)

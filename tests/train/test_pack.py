@@ -1,0 +1,128 @@
+"""A pack of N equals N runs, shares one base, and compiles once per shape."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate, replicated
+from lowrank.train import state as states
+from lowrank.train.losses import cross_entropy
+from lowrank.train.optim import AdamW
+from lowrank.train.pack import Pack, over_trials
+from lowrank.train.step import make_step
+
+STEPS = 4
+OPTIMS = [
+    AdamW(lr=1e-2),
+    AdamW(lr=3e-3, label_smoothing=0.1),
+    AdamW(lr=1e-2, b1=0.8, weight_decay=0.1),
+]
+
+
+def run(optims, seeds, batches, dropout):
+    """Trains a pack on `batches`: one list of batches per step, one per trial."""
+    adapted = toy.make(dropout)
+    step = make_step(
+        toy.model_of(adapted), cross_entropy, optims[0], STEPS, draws=adapted.draws
+    )
+    state = states.start(adapted.init_trained, adapted.dials(), optims, seeds)
+    packed = jax.jit(over_trials(step, len(seeds)))
+    losses = []
+    for one in batches:
+        state, metrics = packed(adapted.frozen(), state, toy.on_device(toy.stack(one)))
+        losses.append(np.asarray(metrics["loss"]))
+    return state, np.array(losses)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_trials_in_a_pack_equal_trials_alone(dropout):
+    seeds = [3, 1, 4]
+    batches = [[toy.batch(10 * s + seed) for seed in seeds] for s in range(STEPS)]
+    together, losses = run(OPTIMS, seeds, batches, dropout)
+    for trial, (optim, seed) in enumerate(zip(OPTIMS, seeds, strict=True)):
+        own = [[one[trial]] for one in batches]
+        alone, own_losses = run([optim], [seed], own, dropout)
+        np.testing.assert_allclose(losses[:, trial], own_losses[:, 0], rtol=1e-5)
+        pairs = zip(
+            jax.tree.leaves(together.trained),
+            jax.tree.leaves(alone.trained),
+            strict=True,
+        )
+        for a, b in pairs:
+            np.testing.assert_allclose(a[trial], b[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_trial_that_diverges_harms_no_other():
+    batches = [[toy.batch(s), toy.batch(s + 50)] for s in range(STEPS)]
+    clean, _ = run(OPTIMS[:2], [0, 1], batches, 0.0)
+    batches[1][0]["weight"][0] = np.nan
+    mixed, _ = run(OPTIMS[:2], [0, 1], batches, 0.0)
+    np.testing.assert_array_equal(mixed.skipped, [1, 0])
+    for a, b in zip(
+        jax.tree.leaves(mixed.trained), jax.tree.leaves(clean.trained), strict=True
+    ):
+        np.testing.assert_array_equal(a[1], b[1])
+
+
+def lowered(num_trials):
+    adapted = toy.make()
+    step = make_step(
+        toy.model_of(adapted), cross_entropy, OPTIMS[0], STEPS, draws=False
+    )
+    optims = OPTIMS[:1] * num_trials
+    seeds = list(range(num_trials))
+    state = states.start(adapted.init_trained, adapted.dials(), optims, seeds)
+    batch = toy.on_device(toy.stack([toy.batch(s) for s in seeds]))
+    jitted = jax.jit(over_trials(step, num_trials))
+    return jitted.lower(adapted.frozen(), state, batch), step, adapted, state, batch
+
+
+def test_a_pack_holds_the_base_once():
+    text = lowered(3)[0].as_text()
+    frozen = {f"{toy.VOCAB}x{toy.WIDTH}", f"{toy.WIDTH}x{toy.HIDDEN}"}
+    shapes = set(re.findall(r"tensor<([\dx]+)xf32>", text))
+    assert frozen <= shapes, "the base must be seen for the test to mean anything"
+    assert not {f"3x{shape}" for shape in frozen} & shapes
+
+
+def test_a_pack_of_one_costs_what_the_bare_step_costs():
+    packed, step, adapted, state, batch = lowered(1)
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    alone = first(state.replace(step=jnp.int32(0)[None]))
+    bare = jax.jit(step).lower(adapted.frozen(), alone, first(batch))
+    flops = lambda low: low.compile().cost_analysis()["flops"]
+    # A few element-wise operations are fused another way.
+    assert flops(packed) == pytest.approx(flops(bare), rel=5e-3)
+
+
+def test_steps_compile_once_per_shape_and_never_later():
+    mesh = MeshSpec().build()
+    adapted = toy.make()
+    frozen = replicate(adapted.frozen(), mesh)
+    step = make_step(
+        toy.model_of(adapted), cross_entropy, OPTIMS[0], STEPS, draws=False
+    )
+    state = states.start(adapted.init_trained, adapted.dials(), OPTIMS[:1], [0])
+    state = replicate(state, mesh)
+    batches = [toy.stack([toy.batch(0, seq=6)]), toy.stack([toy.batch(1, seq=9)])]
+    shapes = [batch_shapes(batch, mesh, 1) for batch in batches]
+    put = lambda batch: place_batch(batch, mesh, 1)
+    pack = Pack(step, frozen, state, shapes, put, 1, replicated(mesh))
+    assert set(pack.compiled) == {(8, 6), (8, 9)}
+    pointer = frozen["embed"].unsafe_buffer_pointer()
+    state, _ = pack(state, batches[0])
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", None)
+        for number in range(6):
+            state, metrics = pack(state, batches[number % 2])
+    assert np.isfinite(metrics["loss"]).all()
+    assert int(state.step) == 7
+    # The base is neither donated nor copied.
+    assert frozen["embed"].unsafe_buffer_pointer() == pointer
+    assert pack.frozen["embed"] is frozen["embed"]
+    with pytest.raises(KeyError):
+        pack(state, toy.stack([toy.batch(0, seq=7)]))
