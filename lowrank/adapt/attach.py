@@ -31,6 +31,8 @@ class Adapted:
       rules: The rule that each corrected or trained weight falls under, by path; by
         the names of layers where rules take layers of a stack.
       ref_rank: The number every scale is divided by.
+      plans: What the rules make of each site, by path.
+      allow_dense: See `attach`.
     """
 
     def __init__(
@@ -43,9 +45,8 @@ class Adapted:
         allow_dense: bool,
     ):
         self._programs = programs
-        self._leaves, self._structure = programs.leaves, programs.structure
-        self._allow_dense = allow_dense
-        self._plans = plans
+        self.allow_dense = allow_dense
+        self.plans = plans
         self.sites = sites
         self.rules = rules
         self.ref_rank = ref_rank
@@ -60,9 +61,7 @@ class Adapted:
         return {
             name: rank
             for path, site in self.sites.items()
-            for name, rank in zip(
-                site.layer_paths, self._plans[path].ranks, strict=True
-            )
+            for name, rank in zip(site.layer_paths, self.plans[path].ranks, strict=True)
         }
 
     @property
@@ -73,19 +72,27 @@ class Adapted:
     @property
     def draws(self) -> bool:
         """Whether training draws random numbers: some delta has dropout."""
-        return any(plan.delta.draws for plan in self._plans.values())
+        return any(plan.delta.draws for plan in self.plans.values())
+
+    def with_plans(
+        self, plans: Mapping[str, Plan], rules: Mapping[str, AnyRule], ref_rank: int
+    ) -> "Adapted":
+        """The same model and sites under other plans; nothing is traced again."""
+        return Adapted(
+            self._programs, self.sites, plans, rules, ref_rank, self.allow_dense
+        )
 
     def recipe(self, path: str) -> Delta:
         """The delta of a site."""
-        return self._plans[path].delta
+        return self.plans[path].delta
 
     def max_rank(self, path: str) -> int:
         """Components held for a site, or for each layer of a stacked one."""
-        return self._plans[path].max_rank
+        return self.plans[path].max_rank
 
     def layer_ranks(self, path: str) -> tuple[int, ...]:
         """Active components at the start of each matrix stacked in a site."""
-        return self._plans[path].ranks
+        return self.plans[path].ranks
 
     def init(self, key: Key) -> tuple[Frozen, Trained]:
         """The frozen tree, which shares the base's arrays, and a fresh trained tree."""
@@ -93,14 +100,14 @@ class Adapted:
 
     def frozen(self, params: PyTree | None = None) -> dict[str, Any]:
         """The leaves that are not trained whole: the base's own arrays, uncopied."""
-        leaves = self._leaves if params is None else flatten(params)[0]
+        leaves = self.leaves if params is None else flatten(params)[0]
         whole = set(self.fully_trained)
         return {path: leaf for path, leaf in leaves.items() if path not in whole}
 
     @property
     def leaves(self) -> Mapping[str, Any]:
         """The base's own arrays by path, those that are trained whole included."""
-        return self._leaves
+        return self._programs.leaves
 
     def init_trained(
         self, key: Key, leaves: Mapping[str, Any] | None = None
@@ -115,35 +122,35 @@ class Adapted:
           leaves: `self.leaves` as an argument of the program that calls this: left
             out under `jax.jit`, they are constants of that program, a second base.
         """
-        return self._draw(key, self._leaves if leaves is None else leaves)
+        return self._draw(key, self.leaves if leaves is None else leaves)
 
     def trained_shapes(self) -> dict[str, Any]:
         """Shapes of what `init_trained` draws; needs no weights, only their shapes."""
         # Layers of an unrolled model are alike: one stands for all of its kind.
-        kinds = {path: self._kind(path) for path in self._plans}
+        kinds = {path: self._kind(path) for path in self.plans}
         first = {kind: path for path, kind in reversed(kinds.items())}
         paths = [*self.fully_trained, *first.values()]
         draw = lambda key, leaves: self._draw(key, leaves, paths)
-        shapes = jax.eval_shape(draw, jax.random.key(0), self._leaves)
+        shapes = jax.eval_shape(draw, jax.random.key(0), self.leaves)
         alike = {path: first[kind] for path, kind in kinds.items()}
         return {p: shapes[alike.get(p, p)] for p in (*self.fully_trained, *alike)}
 
     def _kind(self, path: str) -> Hashable:
         """What the shapes of a site's factors depend on."""
-        site, plan = self.sites[path], self._plans[path]
+        site, plan = self.sites[path], self.plans[path]
         axes = (site.ins, site.outs, site.stacks, site.fan_in)
-        return (plan.delta, plan.max_rank, site.shape, self._leaves[path].dtype, axes)
+        return (plan.delta, plan.max_rank, site.shape, self.leaves[path].dtype, axes)
 
     def _draw(
         self, key: Key, leaves: Mapping[str, Any], paths: Iterable[str] | None = None
     ) -> dict[str, Any]:
         trained: dict[str, Any] = {}
-        for path in (*self.fully_trained, *self._plans) if paths is None else paths:
+        for path in (*self.fully_trained, *self.plans) if paths is None else paths:
             own, leaf, rule = key_for(key, path), leaves[path], self.rules.get(path)
             if isinstance(rule, Train):
                 trained[path] = rule.draw(own, leaf)
             else:
-                trained[path] = self._start(own, path, self._plans[path], leaf)
+                trained[path] = self._start(own, path, self.plans[path], leaf)
         return trained
 
     def _start(self, key: Key, path: str, plan: Plan, leaf: Any) -> dict[str, Array]:
@@ -176,7 +183,7 @@ class Adapted:
     def dials(self) -> dict[str, dict[str, Array]]:
         """Default dials: gates open up to each layer's rank, scale, dropout rate."""
         return {
-            path: self._plans[path].dials(site, self.ref_rank)
+            path: self.plans[path].dials(site, self.ref_rank)
             for path, site in self.sites.items()
         }
 
@@ -188,7 +195,7 @@ class Adapted:
           other entries, and the optimizer's moments of them, as they are.
         """
         return {
-            path: self._plans[path].active(site, dials[path])
+            path: self.plans[path].active(site, dials[path])
             for path, site in self.sites.items()
         }
 
@@ -196,7 +203,7 @@ class Adapted:
         """Path -> factor -> scalars in it that no open component owns at the start."""
         shapes = self.trained_shapes()
         return {
-            path: self._plans[path].padding(site, shapes[path])
+            path: self.plans[path].padding(site, shapes[path])
             for path, site in self.sites.items()
         }
 
@@ -228,17 +235,17 @@ class Adapted:
         self._check_trees(frozen, trained, dials)
         leaves = [
             self._operand(path, frozen, trained, dials, key)
-            for path in self._structure.paths
+            for path in self._programs.structure.paths
         ]
         jaxpr, consts, out = self._programs(inputs)
-        walk = inject.walk(self._allow_dense)
+        walk = inject.walk(self.allow_dense)
         results = walk(jaxpr, [*consts, *leaves, *jax.tree.leaves(inputs)])
         values = [walk.materialize(v, "output of the model") for v in results]
         return jax.tree.unflatten(out, values)
 
     def _check_trees(self, frozen: Frozen, trained: Trained, dials: Dials) -> None:
         whole = set(self.fully_trained)
-        base = [path for path in self._structure.paths if path not in whole]
+        base = [path for path in self._programs.structure.paths if path not in whole]
         for name, tree, paths in (
             ("frozen", frozen, base),
             ("trained", trained, [*self.sites, *whole]),
@@ -254,7 +261,7 @@ class Adapted:
     def _operand(self, path: str, frozen, trained, dials, key) -> Any:
         if path not in self.sites:
             return trained[path] if path in trained else frozen[path]
-        site, plan = self.sites[path], self._plans[path]
+        site, plan = self.sites[path], self.plans[path]
         rng = None
         if key is not None and plan.delta.draws:
             rng = own = key_for(key, "dropout", path)
@@ -290,10 +297,10 @@ class Adapted:
 
     def _merged(self, frozen: Frozen, trained: Trained, dials: Dials) -> PyTree:
         leaves = {}
-        for path in self._structure.paths:
+        for path in self._programs.structure.paths:
             operand = self._operand(path, frozen, trained, dials, None)
             leaves[path] = operand.dense() if path in self.sites else operand
-        return self._structure.unflatten(leaves)
+        return self._programs.structure.unflatten(leaves)
 
     def verify(self, key: Key, *inputs: Any, tolerance: float = 1e-5) -> Verification:
         """Compares the factored program with the merged one on real inputs.

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
@@ -85,3 +86,25 @@ class Plan:
             name: int(np.broadcast_to(~np.asarray(mask), shapes[name].shape).sum())
             for name, mask in masks.items()
         }
+
+    def cut(self, site: Site, parts: Mapping[str, Array]) -> dict[str, Array]:
+        """Factors or dials of a wider plan, without what this one does not hold.
+
+        Components are drawn one by one and open from the first on, so what is left is
+        what this plan by itself would have.
+        """
+        counts = {
+            "stack": len(site.stacks),
+            "rank": 1,
+            "in": len(site.ins),
+            "out": len(site.outs),
+        }
+
+        def cut(name: str, part: Array) -> Array:
+            roles = self.delta.axes[name]
+            if "rank" not in roles:
+                return part
+            axis = sum(counts[role] for role in roles[: roles.index("rank")])
+            return jax.lax.slice_in_dim(part, 0, self.max_rank, axis=axis)
+
+        return {name: cut(name, part) for name, part in parts.items()}

@@ -50,6 +50,10 @@ class NonFinite(LowrankError, FloatingPointError):
     exit_code = NON_FINITE
 
 
+class OutOfMemory(LowrankError, MemoryError):
+    """The device has no room for what was asked of it."""
+
+
 class Corrupt(LowrankError):
     """A stored state is damaged, or belongs to another run."""
 

@@ -94,10 +94,13 @@ class Delta(nn.Module, abc.ABC):
         "in" and one with an "out" axis in which the change is linear. A slice of
         such a weight is adapted by slicing the factors, a scaled one by scaling one
         of them. Empty for every other delta, which is then refused there.
+      dialled: Fields that act through `dial_values` and `draws` alone: trials that
+        differ in them may share a program.
     """
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]]
     linear: ClassVar[Mapping[str, str]] = {}
+    dialled: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         fields = fields_of(type(self))

@@ -45,6 +45,7 @@ class LoRA(Delta):
         "dropout": (),
     }
     linear: ClassVar[Mapping[str, str]] = {"in": "a", "out": "b"}
+    dialled: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling", "dropout"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

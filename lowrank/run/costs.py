@@ -1,70 +1,113 @@
 """The cost ledger of a run: what the compiled programs and the clock say."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lowrank.cost.count import jaxpr_flops
+from lowrank.core.arrays import Dials, Frozen, Trained
+from lowrank.cost.count import Flops, jaxpr_flops
 from lowrank.cost.measure import CostLedger, compiled_cost, latency
+from lowrank.data.pipeline import TrainPipeline
 from lowrank.run.fit import Fit
 from lowrank.run.prepare import Prepared, sizes
-from lowrank.run.settings import Settings
 
 #: Timed calls per inference figure.
 REPEATS = 10
 
 
-def ledger(prepared: Prepared, settings: Settings, fitted: Fit) -> dict[str, Any]:
-    """Everything that was measured, ready for `costs.json`.
+class Ledgers:
+    """The cost ledgers of a pack's trials; the step is counted and timed once."""
 
-    The step's FLOPs and bytes are those of the largest batch shape; every shape's own
-    figures stand under "shapes". A process that had nothing left to train has no step
-    figures.
-    """
-    known: dict[str, Any] = {
-        "counts": sizes(prepared.adapted),
-        "inference": inference(prepared, fitted) if settings.evaluate.latency else None,
-        "num_trials": len(fitted.state.skipped),
-    }
-    pack = fitted.pack
-    if pack is None:
-        return {**CostLedger.gather(**known).json(), "shapes": {}}
-    counted = {
-        shape: jaxpr_flops(pack.packed, fitted.frozen, fitted.state, batch)
-        for shape, batch in pack.shapes.items()
-    }
-    largest = max(counted, key=lambda shape: shape[0] * shape[1])
-    found = CostLedger.gather(
-        **known,
-        flops=counted[largest],
-        compiled=pack.compiled[largest],
-        timer=fitted.timer,
-        compile_seconds=pack.compile_seconds + fitted.forward.compile_seconds,
-    )
-    timed = fitted.timer.summary()["per_shape"]
-    shapes = {
-        (name := "x".join(map(str, shape))): {
-            **compiled_cost(compiled, counted[shape]),
-            **timed.get(name, {}),
+    def __init__(self, batches: TrainPipeline, fitted: Fit):
+        self._batches = batches
+        self._fitted = fitted
+        self._inference: dict[Any, dict[str, Any]] = {}
+
+    def of(self, prepared: Prepared, trained: Trained, dials: Dials) -> dict[str, Any]:
+        """Everything that was measured for one trial, ready for `costs.json`.
+
+        The step's FLOPs and bytes are the pack's, for the largest batch shape; every
+        shape's own figures stand under "shapes". A process that had nothing left to
+        train has no step figures.
+        """
+        known: dict[str, Any] = {
+            "counts": sizes(prepared.adapted),
+            "num_trials": len(self._fitted.ended),
         }
-        for shape, compiled in pack.compiled.items()
-    }
-    return {**found.json(), "shapes": shapes}
+        if prepared.settings.evaluate.latency:
+            known["inference"] = self._timed(prepared, trained, dials)
+        if self._fitted.pack is None:
+            return {**CostLedger.gather(**known).json(), "shapes": {}}
+        found = CostLedger.gather(**known, **self._step)
+        return {**found.json(), "shapes": self._shapes}
+
+    @functools.cached_property
+    def _counted(self) -> dict[tuple[int, ...], Flops]:
+        fitted, pack = self._fitted, self._fitted.pack
+        assert pack is not None
+        return {
+            shape: jaxpr_flops(pack.packed, fitted.frozen, fitted.state, batch)
+            for shape, batch in pack.shapes.items()
+        }
+
+    @functools.cached_property
+    def _step(self) -> dict[str, Any]:
+        fitted, pack = self._fitted, self._fitted.pack
+        assert pack is not None
+        largest = max(self._counted, key=lambda shape: shape[0] * shape[1])
+        return {
+            "flops": self._counted[largest],
+            "compiled": pack.compiled[largest],
+            "timer": fitted.timer,
+            "compile_seconds": pack.compile_seconds + fitted.forward.compile_seconds,
+        }
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, Any]:
+        pack = self._fitted.pack
+        assert pack is not None
+        timed = self._fitted.timer.summary()["per_shape"]
+        return {
+            (name := "x".join(map(str, shape))): {
+                **compiled_cost(compiled, self._counted[shape]),
+                **timed.get(name, {}),
+            }
+            for shape, compiled in pack.compiled.items()
+        }
+
+    def _timed(
+        self, prepared: Prepared, trained: Trained, dials: Dials
+    ) -> dict[str, Any]:
+        """Inference times; trials of equal shapes run equal programs."""
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), trained)
+        key = str(shapes)
+        if key not in self._inference:
+            self._inference[key] = inference(
+                prepared, self._fitted.frozen, trained, dials, self._batches
+            )
+        return self._inference[key]
 
 
-def inference(prepared: Prepared, fitted: Fit) -> dict[str, Any]:
+def inference(
+    prepared: Prepared,
+    frozen: Frozen,
+    trained: Trained,
+    dials: Dials,
+    batches: TrainPipeline,
+) -> dict[str, Any]:
     """Latency of one row and throughput of a batch: base, unmerged and merged.
 
     The three programs are the model as it was given, the model with corrections
     beside its weights, and the model as it was given with merged weights; the first
     and the last differ in their numbers only.
     """
-    sizes_ = [batch["ids"].shape[1:] for batch in prepared.batches.examples()]
+    sizes_ = [batch["ids"].shape[1:] for batch in batches.examples()]
     rows, width = max(rows for rows, _ in sizes_), min(width for _, width in sizes_)
-    adapted, trained, dials = prepared.adapted, fitted.trained(), fitted.dials()
-    merged = adapted.merge(fitted.frozen, trained, dials)
+    adapted = prepared.adapted
+    merged = adapted.merge(frozen, trained, dials)
     base = jax.jit(adapted.base_apply)
     unmerged = jax.jit(lambda f, t, d, x: adapted.apply(f, t, x, dials=d))
     table: dict[str, Any] = {}
@@ -72,7 +115,7 @@ def inference(prepared: Prepared, fitted: Fit) -> dict[str, Any]:
         x = _tokens(count, width)
         programs = {
             "base": (base, (prepared.base.params, x)),
-            "unmerged": (unmerged, (fitted.frozen, trained, dials, x)),
+            "unmerged": (unmerged, (frozen, trained, dials, x)),
             "merged": (base, (merged, x)),
         }
         for arm, (program, args) in programs.items():

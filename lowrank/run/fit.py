@@ -36,9 +36,10 @@ from lowrank.sharding import (
     replicate,
     replicated,
 )
+from lowrank.track.jsonl import JsonlTracker
 from lowrank.train import state as states
 from lowrank.train.guard import NonFinitePolicy
-from lowrank.train.loop import FRESH, Events, Loop, LoopSpec, finished
+from lowrank.train.loop import Events, Loop, LoopSpec, finished, fresh
 from lowrank.train.losses import Loss, cross_entropy
 from lowrank.train.optim import AdamW
 from lowrank.train.pack import Pack
@@ -64,6 +65,8 @@ class Fit:
       timer: Step times by batch shape.
       pack: The compiled steps; None if there was nothing left to train.
       validated: Whether a validation split chose the best state.
+      ended: Of each trial that did not train to the last step: {"step", "why",
+        "failed"}; None of the others.
     """
 
     adapted: Adapted
@@ -73,6 +76,7 @@ class Fit:
     timer: StepTimer
     pack: Pack | None
     validated: bool
+    ended: tuple[Mapping[str, Any] | None, ...]
 
     def trained(self, trial: int = 0) -> Trained:
         """A trial's trained tree: the best validated one, else the last."""
@@ -94,30 +98,38 @@ class Fit:
 
 @dataclasses.dataclass
 class Storage:
-    """Checkpoints of a pack, and how far the metrics file had come with each.
+    """Checkpoints of a pack, and how far the metrics files had come with each.
 
     Attributes:
       checkpoints: Where states go.
-      offset: Present length of the metrics file.
-      sha256: Of its present content; None where there is none.
-      truncate: Cuts the metrics file back to a length, and compares its hash.
+      metrics: One file per trial; None of a trial whose record is closed already.
     """
 
     checkpoints: Checkpoints
-    offset: Callable[[], int] = lambda: 0
-    sha256: Callable[[], str | None] = lambda: None
-    truncate: Callable[[int, str | None], None] = lambda offset, sha256: None
+    metrics: Sequence[JsonlTracker | None] = ()
 
     def save(self, position: int, state: TrainState, memory: Mapping[str, Any]) -> None:
         leaves, _ = flatten(state)
-        metrics = {"offset": self.offset(), "metrics_sha256": self.sha256()}
-        self.checkpoints.save(position, leaves, {"memory": dict(memory), **metrics})
+        marks = [
+            file and {"offset": file.offset(), "sha256": file.sha256()}
+            for file in self.metrics
+        ]
+        extra = {"memory": dict(memory), "metrics": marks}
+        self.checkpoints.save(position, leaves, extra)
 
     def restore(self, like: TrainState) -> tuple[TrainState, Mapping[str, Any]]:
         leaves, structure = flatten(like)
         _, stored, extra = self.checkpoints.restore(leaves)
-        self.truncate(extra["offset"], extra.get("metrics_sha256"))
+        for file, mark in zip(self.metrics, extra["metrics"], strict=True):
+            if file and mark:
+                file.truncate(mark["offset"], mark["sha256"])
         return structure.unflatten(stored), extra["memory"]
+
+    def start_over(self) -> None:
+        """Empties the metrics files: what stands in them belongs to no checkpoint."""
+        for file in self.metrics:
+            if file:
+                file.truncate(0)
 
 
 def fit(
@@ -128,6 +140,7 @@ def fit(
     loss: Loss = cross_entropy,
     optim: AdamW | Sequence[AdamW] = AdamW(),
     seeds: Sequence[int] = (0,),
+    dials: Sequence[Dials] | None = None,
     directory: str | Path | None = None,
     identity: Mapping[str, str] | None = None,
     mesh: MeshSpec = MeshSpec(),
@@ -148,6 +161,8 @@ def fit(
       loss: What is minimized (see `train.losses`).
       optim: Constants; one for all trials or one per trial.
       seeds: One trial each: its start, its dropout and its data order.
+      dials: One per trial: its ranks, scales and rates; the adapted model's own for
+        all if None.
       directory: Keeps checkpoints and continues from them; None keeps nothing.
       identity: Fingerprints that a stored state in `directory` must agree with to be
         continued, beside those of base, rules, constants, seeds and length, which
@@ -170,7 +185,7 @@ def fit(
     optims = [optim] * len(seeds) if isinstance(optim, AdamW) else list(optim)
     devices = mesh.build()
     if directory is not None:
-        own = _identity(adapted, batches, optims, seeds)
+        own = _identity(adapted, batches, optims, seeds, dials)
         storage = Storage(
             Checkpoints(Path(directory), identity={**own, **(identity or {})})
         )
@@ -180,24 +195,23 @@ def fit(
     model = on_inputs(adapted.apply, inputs)
     frozen = replicate(adapted.frozen(), devices)
     state = states.start(
-        adapted.init_trained, adapted.dials(), optims, seeds, adapted.leaves
+        adapted.init_trained, dials or adapted.dials(), optims, seeds, adapted.leaves
     )
     state = replicate(state, devices)
     forward = Forward(model, frozen, devices)
-    memory: Mapping[str, Any] = {**FRESH, "data": batches.state(0)}
+    memory: Mapping[str, Any] = {**fresh(len(seeds)), "data": batches.state(0)}
     if storage is not None and storage.checkpoints.stored_steps():
         alive("restore")
         state, memory = storage.restore(state)
         batches.check_state(memory["data"])
         logger.info("continuing at step %d", memory["position"])
     elif storage is not None:
-        # What stands in the metrics file belongs to no checkpoint.
-        storage.truncate(0, None)
+        storage.start_over()
         if non_finite.action == "rollback":
             storage.save(0, state, memory)
     timer = StepTimer()
     pack = None
-    if not finished(memory, loop, batches.num_steps):
+    if not finished(memory, batches.num_steps):
         alive("compilation")
         step = make_step(
             model, loss, optims[0], batches.num_steps, adapted.draws, adapted.active
@@ -210,10 +224,11 @@ def fit(
         alive("compilation for validation")
         forward.compile(state.trained, state.dials, validation)
         validate = lambda s: _validation(forward, s, validation)
-        # The first validation compiles nothing: this one changes nothing.
-        lowest = jnp.full(len(seeds), jnp.finfo(jnp.float32).min)
-        state = states.improve(state, lowest)
     if pack is not None:
+        # What ends a trial or keeps its best compiles nothing later: this one changes
+        # nothing.
+        nothing = jnp.full(len(seeds), states.NO_VALUE, jnp.float32)
+        state = states.settle(state, nothing, jnp.ones(len(seeds), bool))
         # Shapes only: the state itself is donated to the first step.
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -232,9 +247,10 @@ def fit(
             runner = Loop(
                 pack, batches, events, loop, non_finite, batches.steps_per_epoch
             )
-            state = runner.run(state, memory)
+            state, memory = runner.run(state, memory)
             alive("last checkpoint")
-    return Fit(adapted, frozen, state, forward, timer, pack, bool(validation))
+    ended = tuple(memory["ended"])
+    return Fit(adapted, frozen, state, forward, timer, pack, bool(validation), ended)
 
 
 def _identity(
@@ -242,6 +258,7 @@ def _identity(
     batches: TrainPipeline,
     optims: Sequence[AdamW],
     seeds: Sequence[int],
+    dials: Sequence[Dials] | None,
 ) -> dict[str, str]:
     """What decides a pack's course beside its code and the order of its data."""
     return {
@@ -251,6 +268,7 @@ def _identity(
             [[one, seed] for one, seed in zip(optims, seeds, strict=True)]
         ),
         "steps": str(batches.num_steps),
+        **({} if dials is None else {"dials": fingerprint(list(dials))}),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapt.attach import Adapted, attach
+from lowrank.adapt.variants import Variants, pack
 from lowrank.core.errors import BadInput
 from lowrank.cost.count import Counts, count_parameters
 from lowrank.data.checks import check_task
@@ -37,8 +38,8 @@ class Prepared:
       task: The data, checked.
       checks: What `check_task` found.
       tokens: Tokenized splits.
-      batches: Training data.
-      adapted: The model with its corrections.
+      batches: Training data, of all trials of its pack.
+      adapted: The model with this trial's corrections.
     """
 
     settings: Settings
@@ -78,13 +79,41 @@ class Prepared:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedPack:
+    """Trials that share base, data and program, ready to run.
+
+    Attributes:
+      trials: Each trial by itself.
+      variants: Their models in the common shape.
+    """
+
+    trials: tuple[Prepared, ...]
+    variants: Variants
+
+    @property
+    def batches(self) -> TrainPipeline:
+        """Training data, every trial in its own order."""
+        return self.trials[0].batches
+
+
 def prepare(settings: Settings) -> Prepared:
-    """Loads and checks base and data, and attaches the corrections.
+    """Loads and checks base and data of one trial, and attaches the corrections.
 
     Raises:
       BadInput: Anything is missing, damaged or does not fit; nothing was written but
         the caches of bases and prepared data.
     """
+    return prepare_pack([settings]).trials[0]
+
+
+def prepare_pack(trials: Sequence[Settings]) -> PreparedPack:
+    """As `prepare`, once for all trials of a pack.
+
+    Args:
+      trials: Alike in everything but what `Settings.packed` lists.
+    """
+    settings = trials[0]
     cache = settings.run.cache
     logger.info("loading data and base %s", settings.base.source)
     task = settings.data.load(Path(cache) / "data" if cache else None)
@@ -96,7 +125,7 @@ def prepare(settings: Settings) -> Prepared:
         tokens["train"],
         task.splits["train"].labels,
         batching=settings.batching,
-        trial_seeds=(settings.seed,),
+        trial_seeds=[trial.seed for trial in trials],
         num_epochs=settings.optim.epochs,
     )
     example = inputs_of({k: v[0] for k, v in batches.examples()[0].items()})
@@ -107,6 +136,11 @@ def prepare(settings: Settings) -> Prepared:
         rules=settings.rules(base.head),
         ref_rank=settings.ref_rank,
     )
+    variants = pack(
+        adapted,
+        [trial.rules(base.head) for trial in trials],
+        [trial.ref_rank for trial in trials],
+    )
     logger.info(
         "%s: %s rows; %s: %d sites adapted",
         task.name,
@@ -114,7 +148,11 @@ def prepare(settings: Settings) -> Prepared:
         base.name,
         len(adapted.sites),
     )
-    return Prepared(settings, base, task, checks, tokens, batches, adapted)
+    prepared = tuple(
+        Prepared(trial, base, task, checks, tokens, batches, alone)
+        for trial, alone in zip(trials, variants.alone, strict=True)
+    )
+    return PreparedPack(prepared, variants)
 
 
 def load_base(settings: Settings, num_classes: int) -> Base:

@@ -3,13 +3,13 @@
 import logging
 from pathlib import Path
 
+from lowrank.core.arrays import Dials, Trained
 from lowrank.core.paths import matches
 from lowrank.deltas.base import Delta
 from lowrank.deltas.lora import LoRA
 from lowrank.io.adapter import collect
 from lowrank.io.keymaps import hf_module, stacked_path
 from lowrank.io.peft import write_adapter
-from lowrank.run.fit import Fit
 from lowrank.run.prepare import Prepared
 from lowrank.run.stored import write_trained
 
@@ -58,13 +58,12 @@ model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels={cla
 model = PeftModel.from_pretrained(model, ADAPTER)"""
 
 
-def ship(directory: Path, prepared: Prepared, fitted: Fit) -> None:
+def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) -> None:
     """Writes `trained.safetensors`, and `adapter/` where PEFT has a word for it.
 
     PEFT knows LoRA on a model whose modules have Hugging Face names, with the head
     beside it; full fine-tuning, a head alone, or a base of another kind have none.
     """
-    trained, dials = fitted.trained(), fitted.dials()
     base, settings = prepared.base, prepared.settings
     write_trained(directory, trained, dials, {"base": base.fingerprint})
     recipes: list[Delta] = []

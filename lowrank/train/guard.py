@@ -108,8 +108,8 @@ class NonFinitePolicy:
         if self.limit < 1:
             raise BadInput(f"non_finite.limit must be at least 1, not {self.limit}")
 
-    def decide(self, step: int, trials: list[int], seen: int) -> str:
-        """The action for a bad step, given how many bad steps there were before.
+    def decide(self, step: int, trial: int, seen: int) -> str:
+        """The action for a trial's bad step, given how many it had before.
 
         Raises:
           NonFinite: The policy is to halt, or the limit is reached.
@@ -117,11 +117,11 @@ class NonFinitePolicy:
         if self.action == "halt" or seen >= self.limit:
             spent = f" ({seen} before it)" if seen else ""
             raise NonFinite(
-                f"loss or gradient norm is not finite at step {step}{spent}, in trials "
-                f"{trials}; the update was not applied, the last checkpoint is good. "
+                f"loss or gradient norm is not finite at step {step}{spent}, in trial "
+                f"{trial}; the update was not applied, the last checkpoint is good. "
                 "Lower optim.lr, set optim.clip, or non_finite.action=skip|rollback."
             )
         logger.warning(
-            "step %d is not finite in trials %s: %s", step, trials, self.action
+            "step %d is not finite in trial %d: %s", step, trial, self.action
         )
         return self.action

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.core.errors import BadInput, Preempted
+from lowrank.core.errors import BadInput, NonFinite, Preempted
 from lowrank.core.spec import spec
 from lowrank.train.guard import NonFinitePolicy, StopSignal
-from lowrank.train.state import TrainState, improve
+from lowrank.train.state import NO_VALUE, TrainState, settle
 from lowrank.train.watchdog import STEP
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Events:
     """What the loop may ask of its surroundings.
 
     Attributes:
-      log: (step, one dict of numbers per trial).
+      log: (step, one dict of numbers per trial; empty where a trial has none).
       save: (position, state, memory): a checkpoint, in the background.
       restore: The last good (state, memory), for the rollback policy.
       evaluate: state -> one dict of validation numbers per trial; None without a
@@ -72,7 +72,7 @@ class LoopSpec:
       evaluate_every: Validation; once per epoch if None.
       checkpoint_every: A checkpoint is also written after each validation.
       select: Validation number that picks the best state.
-      patience: Stop after this many validations without a new best; None: never.
+      patience: A trial stops after so many validations without a new best; None: never.
       stop_after: Stop as if preempted after this many steps; for rehearsals.
     """
 
@@ -90,19 +90,29 @@ class LoopSpec:
                 raise BadInput(f"loop.{name} must be at least 1, not {value}")
 
 
-#: What the loop remembers beside the state; saved with every checkpoint.
-FRESH: Mapping[str, Any] = {"position": 0, "bad_steps": 0, "stale": 0, "window": []}
+def fresh(num_trials: int) -> dict[str, Any]:
+    """What the loop remembers beside the state; JSON, saved with every checkpoint.
+
+    "position" is in the data and shared; of each trial there are "bad_steps" (not
+    finite), "stale" (validations without a new best), "window" (numbers not logged
+    yet) and "ended": None, or {"step", "why", "failed"}.
+    """
+    each = lambda value: [copy.copy(value) for _ in range(num_trials)]
+    own = {"bad_steps": 0, "stale": 0, "window": [], "ended": None}
+    return {"position": 0, **{name: each(value) for name, value in own.items()}}
 
 
-def finished(memory: Mapping[str, Any], settings: LoopSpec, num_steps: int) -> bool:
-    """Whether nothing is left to train: all steps are done, or patience has run out."""
-    patience = settings.patience
-    stale = patience is not None and memory["stale"] >= patience
-    return stale or memory["position"] >= num_steps
+def finished(memory: Mapping[str, Any], num_steps: int) -> bool:
+    """Whether nothing is left to train: all steps are done, or all trials have ended."""
+    return memory["position"] >= num_steps or all(memory["ended"])
 
 
 class Loop:
-    """Runs a pack over its data from wherever it was left."""
+    """Runs a pack over its data from wherever it was left.
+
+    Trials share the data's position and the clock, nothing else: one that runs out of
+    patience or of finite numbers stands still while the others go on.
+    """
 
     def __init__(
         self,
@@ -123,18 +133,20 @@ class Loop:
         self._clock = 0.0
         self._saved = -1
 
-    def run(self, state: TrainState, memory: Mapping[str, Any]) -> TrainState:
+    def run(
+        self, state: TrainState, memory: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Trains to the end.
 
         Args:
           state: Fresh, or restored.
-          memory: `FRESH`, or what was saved with the state.
+          memory: From `fresh`, or what was saved with the state.
 
         Returns:
-          The final state.
+          The final state, and the final memory: it tells which trials ended early.
 
         Raises:
-          NonFinite: As the policy says.
+          NonFinite: The policy ended the last trial, and all others before it.
           Preempted: A signal came; the state has been saved.
         """
         memory = copy.deepcopy(dict(memory))
@@ -145,10 +157,10 @@ class Loop:
                     break
         if self._saved != memory["position"]:
             self._save(state, memory)
-        return state
+        return state, memory
 
     def _finished(self, memory: Mapping[str, Any]) -> bool:
-        return finished(memory, self._settings, self._batches.num_steps)
+        return finished(memory, self._batches.num_steps)
 
     def _stretch(self, state: TrainState, memory: dict[str, Any], stop: StopSignal):
         """Steps until the end or a rollback; returns whether to go on."""
@@ -173,8 +185,10 @@ class Loop:
                 if last and self._events.evaluate:
                     state = self._validate(state, memory)
                 return state, memory, True
-            if memory["window"] and (validate or last):
-                self._flush(position, memory)
+            if bad == "end":
+                state = self._hold(state, memory)
+            if validate or last:
+                self._flush(position, memory, _live(memory))
             if validate or (last and self._events.evaluate):
                 state = self._validate(state, memory)
             if save or validate:
@@ -182,12 +196,6 @@ class Loop:
             if halted and not last:
                 self._stop(state, memory, stop.received or "stop_after")
             if self._finished(memory):
-                if not last:
-                    logger.info(
-                        "no new best in %d validations: stopping early at step %d",
-                        memory["stale"],
-                        memory["position"],
-                    )
                 break
         return state, memory, False
 
@@ -205,30 +213,64 @@ class Loop:
         self._events.timed(tuple(shape), now - self._clock)
         self._clock = now
         finite = values.pop("finite").astype(bool)
-        memory["window"].append({name: v.tolist() for name, v in values.items()})
-        action = None
-        if not finite.all():
-            trials = np.flatnonzero(~finite).tolist()
-            self._flush(position, memory)
-            action = self._policy.decide(position, trials, memory["bad_steps"])
-            memory["bad_steps"] += 1
-        elif (position + 1) % self._settings.log_every == 0:
-            self._flush(position, memory)
-        text = f"loss {np.mean(values['loss']):.4f}"
+        live = _live(memory)
+        for trial in live:
+            row = {name: float(v[trial]) for name, v in values.items()}
+            memory["window"][trial].append(row)
+        action = self._decide(position, [t for t in live if not finite[t]], memory)
+        if (position + 1) % self._settings.log_every == 0:
+            self._flush(position, memory, _live(memory))
+        text = f"loss {np.mean(values['loss'][live]):.4f}" if live else ""
         self._events.progress(position + 1, self._batches.num_steps, text)
         return action
 
-    def _flush(self, position: int, memory: dict[str, Any]) -> None:
-        window, memory["window"] = memory["window"], []
-        rows = {name: np.mean([w[name] for w in window], axis=0) for name in window[0]}
-        count = len(rows["loss"])
-        self._events.log(
-            position + 1,
-            [
-                {f"train/{n}": float(v[t]) for n, v in rows.items()}
-                for t in range(count)
-            ],
+    def _decide(
+        self, position: int, bad: Sequence[int], memory: dict[str, Any]
+    ) -> str | None:
+        """What the policy says of trials whose step was not finite."""
+        self._flush(position, memory, bad)
+        actions = set()
+        for trial in bad:
+            seen = memory["bad_steps"][trial]
+            try:
+                actions.add(self._policy.decide(position, trial, seen))
+            except NonFinite as error:
+                others = memory["ended"][:trial] + memory["ended"][trial + 1 :]
+                if all(one and one["failed"] for one in others):
+                    raise
+                logger.warning("trial %d ends: %s", trial, error)
+                self._end(memory, trial, position, str(error), failed=True)
+                actions.add("end")
+            memory["bad_steps"][trial] += 1
+        # Every trial of a pack has the same policy.
+        return next((a for a in ("rollback", "end", "skip") if a in actions), None)
+
+    def _end(
+        self, memory: dict[str, Any], trial: int, step: int, why: str, failed: bool
+    ) -> None:
+        memory["ended"][trial] = {"step": step, "why": why, "failed": failed}
+
+    def _hold(self, state: TrainState, memory: Mapping[str, Any]) -> TrainState:
+        """The state, with the trials that have ended held still."""
+        ended = memory["ended"]
+        return settle(
+            state,
+            jnp.full(len(ended), NO_VALUE, jnp.float32),
+            jnp.array([one is None for one in ended]),
         )
+
+    def _flush(
+        self, position: int, memory: dict[str, Any], trials: Sequence[int]
+    ) -> None:
+        """Logs the averages of what has gathered in the windows of some trials."""
+        rows: list[dict[str, float]] = [{} for _ in memory["window"]]
+        for trial in trials:
+            window, memory["window"][trial] = memory["window"][trial], []
+            for name in window[0] if window else ():
+                values = [one[name] for one in window]
+                rows[trial][f"train/{name}"] = float(np.mean(values))
+        if any(rows):
+            self._events.log(position + 1, rows)
 
     def _validate(self, state: TrainState, memory: dict[str, Any]) -> TrainState:
         assert self._events.evaluate is not None
@@ -241,12 +283,23 @@ class Loop:
                 f"{', '.join(results[0])}"
             )
         sign = -1.0 if select in self._events.lower_is_better else 1.0
-        values = np.array([sign * row[select] for row in results], np.float32)
-        improved = values > np.asarray(state.best_value)
-        memory["stale"] = 0 if improved.any() else memory["stale"] + 1
-        rows = [{f"validation/{n}": v for n, v in row.items()} for row in results]
+        best = np.asarray(state.best_value)
+        values = np.full(len(results), NO_VALUE, np.float32)
+        rows: list[dict[str, float]] = [{} for _ in results]
+        for trial in _live(memory):
+            values[trial] = sign * results[trial][select]
+            new = values[trial] > best[trial]
+            stale = memory["stale"][trial] = 0 if new else memory["stale"][trial] + 1
+            rows[trial] = {f"validation/{n}": v for n, v in results[trial].items()}
+            if self._settings.patience is not None and stale >= self._settings.patience:
+                why = f"no new best in {stale} validations"
+                self._end(memory, trial, memory["position"], why, failed=False)
+                if memory["position"] < self._batches.num_steps:
+                    step = memory["position"]
+                    logger.info("%s: trial %d stops at step %d", why, trial, step)
         self._events.log(memory["position"], rows)
-        state = improve(state, jnp.asarray(values))
+        live = jnp.array([one is None for one in memory["ended"]])
+        state = settle(state, jnp.asarray(values), live)
         self._events.alive(STEP)
         self._clock = time.perf_counter()
         return state
@@ -282,3 +335,8 @@ class Loop:
             "position": memory["position"],
             "bad_steps": memory["bad_steps"],
         }
+
+
+def _live(memory: Mapping[str, Any]) -> list[int]:
+    """The trials that have not ended."""
+    return [trial for trial, ended in enumerate(memory["ended"]) if ended is None]

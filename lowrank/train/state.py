@@ -12,18 +12,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from lowrank.core.arrays import Frozen, Key, Trained
+from lowrank.core.arrays import Dials, Frozen, Key, Trained
 from lowrank.train import optim as optimizers
 from lowrank.train.optim import AdamW
+
+#: Of a trial that was not validated yet: below whatever a validation may give.
+NO_VALUE = float(np.finfo(np.float32).min)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         "step", "trained", "opt", "dials", "constants", "key", "best", "best_value",
-        "best_step", "skipped",
+        "best_step", "skipped", "live",
     ],
     meta_fields=[],
 )  # fmt: skip
@@ -38,6 +41,8 @@ class TrainState:
       key: Root of the trial's randomness.
       best, best_value, best_step: The trained tree at its best validation so far.
       skipped: Steps whose loss or gradient was not finite.
+      live: Whether the trial still trains: one that ended stands still, while its
+        neighbors in the pack go on.
     """
 
     # Leaves may also be shapes, shardings or axes, as in any tree: hence Any.
@@ -51,6 +56,7 @@ class TrainState:
     best_value: Any
     best_step: Any
     skipped: Any
+    live: Any
 
     def replace(self, **changes: Any) -> "TrainState":
         return dataclasses.replace(self, **changes)
@@ -63,7 +69,7 @@ def trial_key(seed: int) -> Key:
 
 def start(
     init_trained: Callable[..., Trained],
-    dials: Mapping[str, Mapping[str, Array]],
+    dials: Dials | Sequence[Dials],
     optims: Sequence[AdamW],
     seeds: Sequence[int],
     base: Frozen | None = None,
@@ -72,7 +78,7 @@ def start(
 
     Args:
       init_trained: key, or (key, base) where a base is given -> a trained tree.
-      dials: The default dials, the same for every trial.
+      dials: Those of every trial, or one per trial, alike in shapes.
       optims: One per trial; static choices are the first one's.
       seeds: One per trial.
       base: What the start may read of the base, as an argument of the program.
@@ -84,30 +90,42 @@ def start(
         for name in tables[0]
     }
 
+    each = [dials] * count if isinstance(dials, Mapping) else list(dials)
+
     def begin(keys: Any, dials: Any, constants: Any, given: Any) -> TrainState:
         trained = jax.vmap(lambda key: init_trained(key, *given))(keys)
         return TrainState(
             step=jnp.int32(0),
             trained=trained,
             opt=jax.vmap(lambda t: optimizers.init(optims[0], t))(trained),
-            dials=jax.tree.map(lambda x: jnp.stack([x] * count), dials),
+            dials=jax.tree.map(lambda *leaves: jnp.stack(leaves), *dials),
             constants=constants,
             key=keys,
             best=trained,
-            best_value=jnp.full(count, jnp.finfo(jnp.float32).min),
+            best_value=jnp.full(count, NO_VALUE, jnp.float32),
             best_step=jnp.full(count, -1, jnp.int32),
             skipped=jnp.zeros(count, jnp.int32),
+            live=jnp.ones(count, bool),
         )
 
     keys = jnp.stack([trial_key(seed) for seed in seeds])
     # One program: op by op, each of some fifty small ones would be compiled alone.
     given = () if base is None else (dict(base),)
-    return jax.jit(begin)(keys, dict(dials), constants, given)
+    return jax.jit(begin)(keys, each, constants, given)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def improve(state: TrainState, values: Float[Array, " trials"]) -> TrainState:
-    """Keeps the trained tree of every trial whose validation value is a new best."""
+def settle(
+    state: TrainState, values: Float[Array, " trials"], live: Bool[Array, " trials"]
+) -> TrainState:
+    """Keeps the trained tree of every trial whose validation value is a new best.
+
+    Args:
+      state: Donated.
+      values: Validation values, the largest the best; the lowest float, `NO_VALUE`,
+        where there is none.
+      live: Which trials go on from here; one that has ended never does.
+    """
     better = values > state.best_value
 
     def keep(new: Array, old: Array) -> Array:
@@ -117,4 +135,5 @@ def improve(state: TrainState, values: Float[Array, " trials"]) -> TrainState:
         best=jax.tree.map(keep, state.trained, state.best),
         best_value=jnp.where(better, values, state.best_value),
         best_step=jnp.where(better, state.step, state.best_step),
+        live=state.live & live,
     )

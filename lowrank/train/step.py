@@ -29,6 +29,7 @@ def make_step(
 
     A step whose loss or gradient norm is not finite changes nothing but the counters:
     trained weights and moments stay bit-identical, and the caller decides what to do.
+    Of a trial that has ended (`state.live` is false) no step changes anything.
 
     Args:
       model: The adapted model.
@@ -78,7 +79,8 @@ def make_step(
         tx = transformation(optim, state.constants, num_steps, moving)
         updates, opt = tx.update(grads, state.opt, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)
+        moves = finite & state.live
+        keep = lambda new, old: jnp.where(moves, new, old)
         # The optimizer's own count: it stands still in a step that is not applied.
         applied = state.step - state.skipped
         metrics = {
@@ -92,7 +94,7 @@ def make_step(
             step=state.step + 1,
             trained=jax.tree.map(keep, trained, state.trained),
             opt=jax.tree.map(keep, opt, state.opt),
-            skipped=state.skipped + (~finite).astype(state.skipped.dtype),
+            skipped=state.skipped + (~finite & state.live).astype(state.skipped.dtype),
         ), metrics
 
     return step

@@ -34,9 +34,9 @@ PLACES = {
     "old checkpoint deleted": "lowrank.io.checkpoints:Checkpoints._prune",
     "metrics": "lowrank.track.jsonl:JsonlTracker._append",
     "validation": "lowrank.run.fit:score_trials",
-    "judging": "lowrank.run.trial:_score",
-    "costs": "lowrank.run.trial:ledger",
-    "adapter": "lowrank.run.trial:ship",
+    "judging": "lowrank.run.results:score_trials",
+    "costs": "lowrank.run.results:Ledgers",
+    "adapter": "lowrank.run.packs:ship",
     "result": "lowrank.io.record:Record.result",
     "status": "lowrank.io.record:Record.set_status",
 }

@@ -204,19 +204,14 @@ def test_the_base_is_not_changed(world, finished, monkeypatch):
     _, result = finished
     base = load_run(finished[0]).base
     assert base.fingerprint == result["base"]["fingerprint"]
-    from lowrank.run import trial
+    from lowrank.run import packs
 
-    def vandal(directory, prepared, fitted):
+    def vandal(directory, prepared, trained, dials):
         raise AssertionError("shipped although the base had changed")
 
     seen = iter(["before", "after"])
-    real = trial.fingerprint
-    monkeypatch.setattr(trial, "ship", vandal)
-    monkeypatch.setattr(
-        trial,
-        "fingerprint",
-        lambda tree: real(tree) if "opt" in tree else next(seen),
-    )
+    monkeypatch.setattr(packs, "ship", vandal)
+    monkeypatch.setattr(packs, "fingerprint", lambda tree: next(seen))
     directory = world.runs / "vandal"
     with pytest.raises(Corrupt, match="base changed"):
         run_trial(world.config(f"run.directory={directory}"))

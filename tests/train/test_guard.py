@@ -10,11 +10,11 @@ from lowrank.core.errors import NON_FINITE, PREEMPTED, BadInput, NonFinite, Pree
 from lowrank.train.guard import NonFinitePolicy, StopSignal
 
 
-def test_halt_is_the_default_and_names_step_trials_and_remedy():
+def test_halt_is_the_default_and_names_step_trial_and_remedy():
     with pytest.raises(NonFinite) as raised:
-        NonFinitePolicy().decide(17, [0, 2], 0)
+        NonFinitePolicy().decide(17, 2, 0)
     text = str(raised.value)
-    for part in ("step 17", "[0, 2]", "optim.lr", "non_finite.action"):
+    for part in ("step 17", "trial 2", "optim.lr", "non_finite.action"):
         assert part in text
     assert raised.value.exit_code == NON_FINITE == 77
 
@@ -22,9 +22,9 @@ def test_halt_is_the_default_and_names_step_trials_and_remedy():
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_an_action_is_taken_exactly_limit_times(action):
     policy = NonFinitePolicy(action=action, limit=2)
-    assert [policy.decide(5, [0], seen) for seen in (0, 1)] == [action, action]
+    assert [policy.decide(5, 0, seen) for seen in (0, 1)] == [action, action]
     with pytest.raises(NonFinite, match="2 before it"):
-        policy.decide(5, [0], 2)
+        policy.decide(5, 0, 2)
 
 
 def test_a_limit_below_one_is_refused():

@@ -13,13 +13,13 @@ import pytest
 
 from lowrank.core.errors import BadInput, NonFinite, Preempted
 from lowrank.train.guard import NonFinitePolicy, StopSignal
-from lowrank.train.loop import FRESH, Events, Loop, LoopSpec
+from lowrank.train.loop import Events, Loop, LoopSpec, fresh
 from lowrank.train.state import TrainState
 
 NUM_STEPS, PER_EPOCH = 12, 4
 
 
-def fresh():
+def begun():
     # Every leaf has a buffer of its own, since they are donated.
     return TrainState(
         step=jnp.int32(0),
@@ -32,6 +32,7 @@ def fresh():
         best_value=jnp.full(1, -1e9),
         best_step=jnp.array([-1]),
         skipped=jnp.zeros(1, jnp.int32),
+        live=jnp.ones(1, bool),
     )
 
 
@@ -46,7 +47,7 @@ class Data:
 
 
 class World:
-    """A pack that adds the position to its weight, and everything around it."""
+    """A pack that adds the position to its weights, and everything around it."""
 
     def __init__(self, bad=(), scores=None, during=None):
         self.bad, self.scores, self.during = set(bad), scores, during
@@ -59,7 +60,7 @@ class World:
         if self.during:
             self.during(position)
         finite = position not in self.bad
-        weight = state.trained["w"] + (position if finite else 0)
+        weight = state.trained["w"] + state.live * (position if finite else 0)
         state = state.replace(step=state.step + 1, trained={"w": weight})
         loss = Late(float(position) if finite else np.nan, position, self.fetched)
         return state, {"loss": loss, "finite": np.array([finite])}
@@ -81,12 +82,14 @@ class World:
             progress=lambda position, total, text: None,
         )  # fmt: skip
 
-    def run(self, state=None, memory=FRESH, policy=None, **settings):
+    def run(self, state=None, memory=None, policy=None, **settings):
+        state = state or begun()
         loop = Loop(
             self.pack, Data(), self.events(), LoopSpec(**settings),
             policy or NonFinitePolicy(), PER_EPOCH,
         )  # fmt: skip
-        return loop.run(state or fresh(), memory)
+        state, self.memory = loop.run(state, memory or fresh(len(state.live)))
+        return state
 
 
 class Late:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import toy
 
-from lowrank.core.errors import NonFinite, Preempted
+from lowrank.core.errors import Preempted
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate, replicated
 from lowrank.train import state as states
 from lowrank.train.guard import NonFinitePolicy
-from lowrank.train.loop import FRESH, Events, Loop, LoopSpec
+from lowrank.train.loop import Events, Loop, LoopSpec, fresh
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
 from lowrank.train.pack import Pack
@@ -78,14 +78,16 @@ class World:
             progress=lambda position, total, text: None,
         )
 
-    def run(self, state=None, memory=FRESH, bad=None, policy=None, **settings):
+    def run(self, state=None, memory=None, bad=None, policy=None, **settings):
         self.saved, self.logged = [], []
         settings = {"log_every": 3, "checkpoint_every": 4, **settings}
         loop = Loop(
             self.pack, Data(bad), self.events(), LoopSpec(**settings),
             policy or NonFinitePolicy(), STEPS,
         )  # fmt: skip
-        return loop.run(self.start() if state is None else state, memory)
+        state = self.start() if state is None else state
+        state, self.memory = loop.run(state, memory or fresh(TRIALS))
+        return state
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +107,10 @@ def assert_same(one, two):
         np.testing.assert_array_equal(a, b)
 
 
-def by_hand(world, positions):
+def by_hand(world, positions, bad=None):
     state = world.start()
     for position in positions:
-        state, _ = world.pack(state, Data().at(position))
+        state, _ = world.pack(state, Data(bad).at(position))
     return state
 
 
@@ -132,12 +134,20 @@ def test_a_continued_run_is_bit_identical(world, stop_after):
     assert before + world.logged == log
 
 
-def test_halt_leaves_the_last_checkpoint_good(world):
-    with pytest.raises(NonFinite, match=r"step 5.*trials \[0\]"):
-        world.run(bad=5)
-    position, state, _ = world.saved[-1]
-    assert position == 4
-    assert_same(state, by_hand(world, range(4)))
+def test_halt_ends_one_trial_and_harms_no_other(world):
+    clean = world.run()
+    log = [(position, rows[1]) for position, rows in world.logged]
+    state = world.run(bad=5)
+    assert [bool(one) for one in world.memory["ended"]] == [True, False]
+    for mixed, alone in zip(plain(state.trained), plain(clean.trained), strict=True):
+        np.testing.assert_array_equal(mixed[1], alone[1])
+    assert [(p, rows[1]) for p, rows in world.logged if rows[1]] == log
+    # Batch 5 was bad and 6 was on its way when that was known; then it stood still.
+    expected = by_hand(world, range(7), bad=5)
+    for held, moved in zip(plain(state.opt), plain(expected.opt), strict=True):
+        np.testing.assert_array_equal(held[0], moved[0])
+    assert state.live.tolist() == [False, True]
+    np.testing.assert_array_equal(state.skipped, [1, 0])
 
 
 def test_skip_harms_neither_the_trial_nor_its_neighbor(world):
