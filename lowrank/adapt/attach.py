@@ -77,10 +77,9 @@ class Adapted:
     def with_plans(
         self, plans: Mapping[str, Plan], rules: Mapping[str, AnyRule], ref_rank: int
     ) -> "Adapted":
-        """The same model and sites under other plans; nothing is traced again."""
-        return Adapted(
-            self._programs, self.sites, plans, rules, ref_rank, self.allow_dense
-        )
+        """The same model under plans for some of its sites; nothing is traced again."""
+        sites = {path: self.sites[path] for path in plans}
+        return Adapted(self._programs, sites, plans, rules, ref_rank, self.allow_dense)
 
     def recipe(self, path: str) -> Delta:
         """The delta of a site."""

@@ -7,12 +7,11 @@ common shape of such trials, `Variants.dials` says each one's dials in that shap
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lowrank.adapt.assign import assign, claim
 from lowrank.adapt.attach import Adapted
-from lowrank.adapt.plan import Plan
 from lowrank.adapt.rules import AnyRule, Rule
 from lowrank.core.arrays import Dials, Trained
 from lowrank.core.errors import BadInput

@@ -1,6 +1,6 @@
-"""What a trained pack turns out to be worth: scores, costs and the result of each trial."""
+"""What a trained pack is worth: scores, costs and the result of each trial."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from lowrank.evaluate.score import Predictions, report, score_trials
 from lowrank.io.record import Record
 from lowrank.run.costs import Ledgers
 from lowrank.run.fit import Fit
-from lowrank.run.prepare import Prepared, PreparedPack
+from lowrank.run.prepare import PreparedPack
 
 
 class Results:

@@ -72,7 +72,7 @@ class LoopSpec:
       evaluate_every: Validation; once per epoch if None.
       checkpoint_every: A checkpoint is also written after each validation.
       select: Validation number that picks the best state.
-      patience: A trial stops after so many validations without a new best; None: never.
+      patience: Validations without a new best after which a trial stops; None: any.
       stop_after: Stop as if preempted after this many steps; for rehearsals.
     """
 

@@ -35,7 +35,7 @@ class Two(World):
         )  # fmt: skip
 
     def pack(self, state, batch):
-        state, metrics = super().pack(state, batch)
+        state, _ = super().pack(state, batch)
         position = int(batch["ids"][0, 0, 0])
         finite = np.array([position not in self.bad, position not in self.second])
         return state, {"loss": np.full(2, float(position)), "finite": finite}
@@ -80,7 +80,7 @@ def test_a_trial_that_is_not_finite_ends_alone():
 
 def test_a_pack_without_a_trial_left_ends():
     world = Two(bad=[2], second=[5])
-    with pytest.raises(NonFinite, match="step 5.*trial 1"):
+    with pytest.raises(NonFinite, match=r"step 5.*trial 1"):
         world.run(world.start())
     assert world.seen == list(range(7))
 
