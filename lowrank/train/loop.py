@@ -103,7 +103,7 @@ def fresh(num_trials: int) -> dict[str, Any]:
 
 
 def finished(memory: Mapping[str, Any], num_steps: int) -> bool:
-    """Whether nothing is left to train: all steps are done, or all trials have ended."""
+    """Whether nothing is left to train: no step, or no trial that has not ended."""
     return memory["position"] >= num_steps or all(memory["ended"])
 
 
