@@ -1,14 +1,13 @@
 """A model with its corrections: three trees, one function, one oracle."""
 
-import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowrank.adapt import inject
+from lowrank.adapt import inject, start
 from lowrank.adapt.assign import assign, claim
 from lowrank.adapt.plan import Plan
 from lowrank.adapt.programs import Programs
@@ -121,63 +120,13 @@ class Adapted:
           leaves: `self.leaves` as an argument of the program that calls this: left
             out under `jax.jit`, they are constants of that program, a second base.
         """
-        return self._draw(key, self.leaves if leaves is None else leaves)
+        leaves = self.leaves if leaves is None else leaves
+        return start.draw(key, leaves, self.sites, self.plans, self.rules)
 
     def trained_shapes(self) -> dict[str, Any]:
         """Shapes of what `init_trained` draws; needs no weights, only their shapes."""
-        # Layers of an unrolled model are alike: one stands for all of its kind.
-        kinds = {path: self._kind(path) for path in self.plans}
-        first = {kind: path for path, kind in reversed(kinds.items())}
-        paths = [*self.fully_trained, *first.values()]
-        draw = lambda key, leaves: self._draw(key, leaves, paths)
-        shapes = jax.eval_shape(draw, jax.random.key(0), self.leaves)
-        alike = {path: first[kind] for path, kind in kinds.items()}
-        return {p: shapes[alike.get(p, p)] for p in (*self.fully_trained, *alike)}
-
-    def _kind(self, path: str) -> Hashable:
-        """What the shapes of a site's factors depend on."""
-        site, plan = self.sites[path], self.plans[path]
-        axes = (site.ins, site.outs, site.stacks, site.fan_in)
-        return (plan.delta, plan.max_rank, site.shape, self.leaves[path].dtype, axes)
-
-    def _draw(
-        self, key: Key, leaves: Mapping[str, Any], paths: Iterable[str] | None = None
-    ) -> dict[str, Any]:
-        trained: dict[str, Any] = {}
-        for path in (*self.fully_trained, *self.plans) if paths is None else paths:
-            own, leaf, rule = key_for(key, path), leaves[path], self.rules.get(path)
-            if isinstance(rule, Train):
-                trained[path] = rule.draw(own, leaf)
-            else:
-                trained[path] = self._start(own, path, self.plans[path], leaf)
-        return trained
-
-    def _start(self, key: Key, path: str, plan: Plan, leaf: Any) -> dict[str, Array]:
-        site = self.sites[path]
-        one = dataclasses.replace(site, stacks=())
-        shape = tuple(n for d, n in enumerate(site.shape) if d not in site.stacks)
-        ins, outs = (_without(dims, site.stacks) for dims in (site.ins, site.outs))
-        one = dataclasses.replace(one, shape=shape, ins=ins, outs=outs)
-        concrete = not isinstance(leaf, jax.ShapeDtypeStruct)
-
-        def draw(own: Key, weight: Any) -> dict[str, Array]:
-            view = one.view(
-                weight, factors={}, dials={}, rng=None, delta=plan.delta,
-                max_rank=plan.max_rank,
-            )  # fmt: skip
-            return plan.delta.start(own, view)
-
-        if not site.stacks:
-            return draw(key, leaf)
-        count = site.num_layers
-        layers = jax.vmap(lambda i: key_for(key, "layer", i))(jnp.arange(count))
-        if concrete:
-            weights = jnp.moveaxis(leaf, site.stacks, range(len(site.stacks)))
-            drawn = jax.vmap(draw)(layers, weights.reshape(count, *shape))
-        else:
-            weight = jax.ShapeDtypeStruct(shape, leaf.dtype)
-            drawn = jax.vmap(lambda k: draw(k, weight))(layers)
-        return jax.tree.map(lambda x: x.reshape(*site.stack_shape, *x.shape[1:]), drawn)
+        draw = lambda key, leaves: self.init_trained(key, leaves)
+        return jax.eval_shape(draw, jax.random.key(0), self.leaves)
 
     def dials(self) -> dict[str, dict[str, Array]]:
         """Default dials: gates open up to each layer's rank, scale, dropout rate."""
@@ -386,8 +335,3 @@ def attach(
     outputs = jax.eval_shape(run, result.frozen(), shapes, inputs)
     refuse_state(result.rules, outputs)
     return result
-
-
-def _without(dims: tuple[int, ...], gone: tuple[int, ...]) -> tuple[int, ...]:
-    """Axis numbers after the axes in `gone` have been taken out."""
-    return tuple(d - sum(g < d for g in gone) for d in dims)

@@ -92,6 +92,18 @@ class Site:
         """Inputs that reach one output: d_in, or 1 where rows are looked up."""
         return 1 if any(use.kind == "gather" for use in self.uses) else self.d_in
 
+    def of_one_layer(self) -> "Site":
+        """The site as it would be if its layers were weights of their own."""
+        kept = [d for d in range(len(self.shape)) if d not in self.stacks]
+        renumber = lambda dims: tuple(kept.index(d) for d in dims)
+        return dataclasses.replace(
+            self,
+            shape=tuple(self.shape[d] for d in kept),
+            ins=renumber(self.ins),
+            outs=renumber(self.outs),
+            stacks=(),
+        )
+
     def view(self, weight: Any, **parts: Any) -> WeightView:
         """The stored weight as a view with this site's labels."""
         labels = tuple(Label((d,), f"d{d}") for d in range(len(self.shape)))

@@ -96,11 +96,13 @@ class Delta(nn.Module, abc.ABC):
         of them. Empty for every other delta, which is then refused there.
       dialled: Fields that act through `dial_values` and `draws` alone: trials that
         differ in them may share a program.
+      reads_weight: Whether the factors' start depends on the frozen weight.
     """
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]]
     linear: ClassVar[Mapping[str, str]] = {}
     dialled: ClassVar[frozenset[str]] = frozenset()
+    reads_weight: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         fields = fields_of(type(self))
