@@ -255,14 +255,9 @@ class Adapted:
         if path not in self.sites:
             return trained[path] if path in trained else frozen[path]
         site, plan = self.sites[path], self._plans[path]
-        rng = None
-        if key is not None and plan.delta.draws:
-            rng = own = key_for(key, "dropout", path)
-            if site.stacks:
-                fold = jax.vmap(lambda i: jax.random.fold_in(own, i))
-                rng = fold(jnp.arange(site.num_layers)).reshape(site.stack_shape)
+        own, rng = plan.drawn(site, dials[path], key)
         return site.view(
-            frozen[path], factors=trained[path], dials=dials[path], rng=rng,
+            frozen[path], factors=trained[path], dials=own, rng=rng,
             delta=plan.delta, max_rank=plan.max_rank,
         )  # fmt: skip
 

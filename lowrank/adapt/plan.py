@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from lowrank.adapt.sites import Site
+from lowrank.core.arrays import Key
+from lowrank.core.keys import key_for, numbered_keys
 from lowrank.deltas.base import Delta
 
 
@@ -50,6 +52,27 @@ class Plan:
             for name, value in layers[0].items()
         }
 
+    def drawn(
+        self, site: Site, dials: Mapping[str, Array], key: Key | None
+    ) -> tuple[Mapping[str, Array], Array | None]:
+        """What one training step draws for a site.
+
+        Args:
+          site: The weight.
+          dials: Its dials.
+          key: Of the step; None in evaluation.
+
+        Returns:
+          The dials of the step, and a key per layer for what every use draws itself.
+        """
+        if key is None or not self.delta.draws:
+            return dials, None
+        per_use, per_step = (
+            _by_layer(key_for(key, name, site.path), site)
+            for name in ("dropout", "rank_dropout")
+        )
+        return self.delta.drawn(dials, per_step), per_use
+
     def active(
         self, site: Site, dials: Mapping[str, Array]
     ) -> dict[str, Bool[Array, "..."]]:
@@ -85,3 +108,10 @@ class Plan:
             name: int(np.broadcast_to(~np.asarray(mask), shapes[name].shape).sum())
             for name, mask in masks.items()
         }
+
+
+def _by_layer(key: Key, site: Site) -> Array:
+    """A key per stacked layer, which does not depend on their number."""
+    if not site.stacks:
+        return key
+    return numbered_keys(key, site.num_layers).reshape(site.stack_shape)
