@@ -21,6 +21,7 @@ from lowrank.core.errors import BadInput, LowrankError
 from lowrank.core.keys import key_for
 from lowrank.core.trees import flatten
 from lowrank.deltas.base import Delta
+from lowrank.deltas.thin import Thin
 
 
 class Adapted:
@@ -191,6 +192,10 @@ class Adapted:
             path: self._plans[path].active(site, dials[path])
             for path, site in self.sites.items()
         }
+
+    def thin(self) -> dict[str, Thin]:
+        """How penalties read every correction; BadInput if one is no thin product."""
+        return {path: self._plans[path].thin(site) for path, site in self.sites.items()}
 
     def padding(self) -> dict[str, dict[str, int]]:
         """Path -> factor -> scalars in it that no open component owns at the start."""

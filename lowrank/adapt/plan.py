@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool
 
 from lowrank.adapt.sites import Site
 from lowrank.core.arrays import Key
+from lowrank.core.errors import BadInput
 from lowrank.core.keys import key_for, numbered_keys
 from lowrank.deltas.base import Delta
+from lowrank.deltas.thin import Thin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Plan:
         }
         masks = {}
         for name, roles in self.delta.axes.items():
-            if name in dials:
+            if name in dials or name in self.delta.optional:
                 continue
             mask = gate if "rank" in roles else gate.any(axis=-1)
             if "stack" not in roles:
@@ -100,6 +102,26 @@ class Plan:
             shape = [size for role in roles for size in sizes[role]]
             masks[name] = mask.reshape(shape)
         return masks
+
+    def thin(self, site: Site) -> Thin:
+        """How the correction is read as a sum of thin products.
+
+        Raises:
+          BadInput: The delta does not say that it is one.
+        """
+        delta, names = self.delta, self.delta.linear
+        along = {"in": ("stack", "rank", "in"), "out": ("stack", "rank", "out")}
+        if (
+            delta.amplitude(self.dials(site, 1)) is None
+            or {role: delta.axes[name] for role, name in names.items()} != along
+        ):
+            raise BadInput(
+                f"penalties on the size of a correction are for sums of thin products, "
+                f"and that of {site.path!r} by {type(delta).__name__} is none: it has "
+                "no `amplitude`. Leave frobenius, orthogonality and norm_cap at zero, "
+                "or correct the weight with LoRA"
+            )
+        return Thin(names["in"], names["out"], site.stacks, delta.amplitude)
 
     def padding(self, site: Site, shapes: Mapping[str, Any]) -> dict[str, int]:
         """Scalars of each factor that belong to closed components at the start."""

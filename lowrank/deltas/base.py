@@ -95,10 +95,12 @@ class Delta(nn.Module, abc.ABC):
         "in" and one with an "out" axis in which the change is linear. A slice of
         such a weight is adapted by slicing the factors, a scaled one by scaling one
         of them. Empty for every other delta, which is then refused there.
+      optional: Dials that are there with some options only.
     """
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]]
     linear: ClassVar[Mapping[str, str]] = {}
+    optional: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         fields = fields_of(type(self))

@@ -53,6 +53,7 @@ class LoRA(Delta):
         "rank_dropout": (),
     }
     linear: ClassVar[Mapping[str, str]] = {"in": "a", "out": "b"}
+    optional: ClassVar[frozenset[str]] = frozenset({"rank_dropout"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

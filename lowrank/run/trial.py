@@ -123,6 +123,7 @@ def _run(
             prepared.batches,
             validation=validation,
             optim=settings.optim,
+            penalty=settings.penalty,
             seeds=(settings.seed,),
             mesh=settings.mesh,
             loop=settings.loop,

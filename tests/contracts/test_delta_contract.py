@@ -211,12 +211,6 @@ def test_a_start_does_not_depend_on_max_rank(name, options, place):
         np.testing.assert_array_equal(small, large)
 
 
-def _dial_names(name):
-    """Every dial that some option of a delta has."""
-    built = [CATALOGUE[name](**options) for options in OPTIONS[name]]
-    return {dial for delta in built for dial in delta.dial_values((), 2, 1, 1)}
-
-
 @each_delta
 @each_place
 def test_factors_and_dials_have_the_axes_they_declare(name, options, place):
@@ -229,9 +223,9 @@ def test_factors_and_dials_have_the_axes_they_declare(name, options, place):
         "out": tuple(site.shape[d] for d in site.outs),
     }
     parts = {**case.start["w"], **case.dials["w"]}
-    # A dial that an option would need is left out without it.
-    assert set(parts) <= set(case.delta.axes)
-    assert set(case.start["w"]) == set(case.delta.axes) - set(_dial_names(name))
+    named, optional = set(case.delta.axes), case.delta.optional
+    assert named - optional <= set(parts) <= named
+    assert set(case.adapted.active(case.dials)["w"]) == set(case.start["w"])
     for role, part in parts.items():
         expected = sum((sizes[axis] for axis in case.delta.axes[role]), ())
         assert part.shape == expected, role
