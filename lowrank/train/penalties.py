@@ -150,7 +150,7 @@ class Imposed:
         frozen: Frozen,
         state: TrainState,
         moving: Active,
-        rate: Callable[[], Scalar],
+        rate: Callable[[], Any],
     ) -> tuple[Trained, dict[str, Scalar]]:
         """Decays factors and caps norms after the optimizer has moved.
 

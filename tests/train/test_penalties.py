@@ -222,6 +222,16 @@ def test_the_gradient_added_is_the_weighted_sum():
     assert not found["head"].any()
 
 
+def test_a_weight_of_zero_keeps_what_is_not_finite_out():
+    adapted = made()
+    imposed = impose([ALL], adapted.sites, adapted.thin)
+    state = trial_state(adapted, imposed, NONE)
+    ones = jax.tree.map(jnp.ones_like, state.trained)
+    bad = {"up": jax.tree.map(lambda x: x * jnp.inf, ones["up"])}
+    found, _ = imposed.add(Gradients(ones, bad), jnp.float32(1), state, {})
+    assert jax.tree.all(jax.tree.map(lambda x: (x == 1).all(), found))
+
+
 def trial_state(adapted, imposed, one):
     state = states.start(
         adapted.init_trained, adapted.dials(), [OPTIM], [0],
