@@ -20,11 +20,13 @@ from lowrank.track import Track
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import CATALOGUE as OPTIMIZERS
+from lowrank.train.penalties import Penalties
 
 GROUPS = {
     "base": BaseSpec,
     "evaluate": Evaluation,
     "mesh": MeshSpec,
+    "penalty": Penalties,
     "track": Track,
 }
 CATALOGUES = {"data": DATA, "delta": DELTAS, "optim": OPTIMIZERS}
@@ -127,6 +129,7 @@ def test_defaults_in_files_are_the_defaults_in_code():
     assert settings.mesh == MeshSpec()
     assert settings.evaluate == Evaluation()
     assert settings.optim == OPTIMIZERS["adamw"]()
+    assert settings.penalty == Penalties()
     for name, cls in DATA.items():
         if name != "tfds":
             given = {k: v for k, v in content(f"data/{name}.yaml").items()}

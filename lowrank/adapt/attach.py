@@ -20,6 +20,7 @@ from lowrank.core.errors import BadInput, LowrankError
 from lowrank.core.keys import key_for
 from lowrank.core.trees import flatten
 from lowrank.deltas.base import Delta
+from lowrank.deltas.thin import Thin
 
 
 class Adapted:
@@ -147,6 +148,10 @@ class Adapted:
             for path, site in self.sites.items()
         }
 
+    def thin(self) -> dict[str, Thin]:
+        """How penalties read every correction; BadInput if one is no thin product."""
+        return {path: self.plans[path].thin(site) for path, site in self.sites.items()}
+
     def padding(self) -> dict[str, dict[str, int]]:
         """Path -> factor -> scalars in it that no open component owns at the start."""
         shapes = self.trained_shapes()
@@ -210,14 +215,9 @@ class Adapted:
         if path not in self.sites:
             return trained[path] if path in trained else frozen[path]
         site, plan = self.sites[path], self.plans[path]
-        rng = None
-        if key is not None and plan.delta.draws:
-            rng = own = key_for(key, "dropout", path)
-            if site.stacks:
-                fold = jax.vmap(lambda i: jax.random.fold_in(own, i))
-                rng = fold(jnp.arange(site.num_layers)).reshape(site.stack_shape)
+        own, rng = plan.drawn(site, dials[path], key)
         return site.view(
-            frozen[path], factors=trained[path], dials=dials[path], rng=rng,
+            frozen[path], factors=trained[path], dials=own, rng=rng,
             delta=plan.delta, max_rank=plan.max_rank,
         )  # fmt: skip
 

@@ -15,7 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from lowrank.adapt.sites import Site
+from lowrank.core.arrays import Key
+from lowrank.core.errors import BadInput
+from lowrank.core.keys import key_for, numbered_keys
 from lowrank.deltas.base import Delta
+from lowrank.deltas.thin import Thin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,27 @@ class Plan:
             for name, value in layers[0].items()
         }
 
+    def drawn(
+        self, site: Site, dials: Mapping[str, Array], key: Key | None
+    ) -> tuple[Mapping[str, Array], Array | None]:
+        """What one training step draws for a site.
+
+        Args:
+          site: The weight.
+          dials: Its dials.
+          key: Of the step; None in evaluation.
+
+        Returns:
+          The dials of the step, and a key per layer for what every use draws itself.
+        """
+        if key is None or not self.delta.draws:
+            return dials, None
+        per_use, per_step = (
+            _by_layer(key_for(key, name, site.path), site)
+            for name in ("dropout", "rank_dropout")
+        )
+        return self.delta.drawn(dials, per_step), per_use
+
     def active(
         self, site: Site, dials: Mapping[str, Array]
     ) -> dict[str, Bool[Array, "..."]]:
@@ -70,7 +95,7 @@ class Plan:
         }
         masks = {}
         for name, roles in self.delta.axes.items():
-            if name in dials:
+            if name in dials or name in self.delta.optional:
                 continue
             mask = gate if "rank" in roles else gate.any(axis=-1)
             if "stack" not in roles:
@@ -78,6 +103,26 @@ class Plan:
             shape = [size for role in roles for size in sizes[role]]
             masks[name] = mask.reshape(shape)
         return masks
+
+    def thin(self, site: Site) -> Thin:
+        """How the correction is read as a sum of thin products.
+
+        Raises:
+          BadInput: The delta does not say that it is one.
+        """
+        delta, names = self.delta, self.delta.linear
+        along = {"in": ("stack", "rank", "in"), "out": ("stack", "rank", "out")}
+        if (
+            delta.amplitude(self.dials(site, 1)) is None
+            or {role: delta.axes[name] for role, name in names.items()} != along
+        ):
+            raise BadInput(
+                f"penalties on the size of a correction are for sums of thin products, "
+                f"and that of {site.path!r} by {type(delta).__name__} is none: it has "
+                "no `amplitude`. Leave frobenius, orthogonality and norm_cap at zero, "
+                "or correct the weight with LoRA"
+            )
+        return Thin(names["in"], names["out"], site.stacks, delta.amplitude)
 
     def padding(self, site: Site, shapes: Mapping[str, Any]) -> dict[str, int]:
         """Scalars of each factor that belong to closed components at the start."""
@@ -108,3 +153,10 @@ class Plan:
             return jax.lax.slice_in_dim(part, 0, self.max_rank, axis=axis)
 
         return {name: cut(name, part) for name, part in parts.items()}
+
+
+def _by_layer(key: Key, site: Site) -> Array:
+    """A key per stacked layer, which does not depend on their number."""
+    if not site.stacks:
+        return key
+    return numbered_keys(key, site.num_layers).reshape(site.stack_shape)

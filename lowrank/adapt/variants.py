@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from lowrank.adapt.assign import assign, claim
 from lowrank.adapt.attach import Adapted
 from lowrank.adapt.rules import AnyRule, Rule
@@ -32,15 +35,18 @@ class Variants:
 
     def dials(self) -> list[Dials]:
         """Every trial's dials: its ranks, scale and rates, in the common shape."""
-        return [
-            {
-                path: dataclasses.replace(
-                    one.plans[path], max_rank=self.together.max_rank(path)
-                ).dials(site, one.ref_rank)
-                for path, site in one.sites.items()
-            }
-            for one in self.alone
-        ]
+        common = self.together.dials()
+
+        def of(one: Adapted, path: str) -> dict[str, Array]:
+            wide = dataclasses.replace(
+                one.plans[path], max_rank=self.together.max_rank(path)
+            )
+            own = wide.dials(one.sites[path], one.ref_rank)
+            # An option that only neighbors take: none of it.
+            none = {n: jnp.zeros_like(v) for n, v in common[path].items()}
+            return {**none, **own}
+
+        return [{path: of(one, path) for path in one.sites} for one in self.alone]
 
     def own(self, trial: int, trained: Trained, dials: Dials) -> tuple[Trained, Dials]:
         """A trial's trees without the components that it only held for its neighbors.
@@ -50,11 +56,12 @@ class Variants:
           trained, dials: Its trees in the common shape, without the trials axis.
         """
         adapted = self.alone[trial]
-        sites = adapted.sites
-        cut = lambda path, tree: adapted.plans[path].cut(sites[path], tree[path])
+        sites, known = adapted.sites, adapted.dials()
+        cut = lambda path, parts: adapted.plans[path].cut(sites[path], parts)
         whole = {path: trained[path] for path in adapted.fully_trained}
-        factors = {path: cut(path, trained) for path in sites}
-        return {**whole, **factors}, {path: cut(path, dials) for path in sites}
+        factors = {path: cut(path, trained[path]) for path in sites}
+        kept = {path: {n: dials[path][n] for n in known[path]} for path in sites}
+        return {**whole, **factors}, {path: cut(path, kept[path]) for path in sites}
 
 
 def pack(
@@ -85,8 +92,8 @@ def pack(
         _check_alike(first, one, trial)
     plans = {
         path: dataclasses.replace(
-            # The one that draws, if any does: a rate of zero keeps everything.
-            max((one.plans[path] for one in alone), key=lambda plan: plan.delta.draws),
+            first.plans[path],
+            delta=_joined([one.recipe(path) for one in alone]),
             max_rank=max(one.max_rank(path) for one in alone),
         )
         for path in first.sites
@@ -126,6 +133,14 @@ def _check_alike(first: Adapted, other: Adapted, trial: int) -> None:
                 f"trials 0 and {trial} correct {path!r} with {one} and {two}, which "
                 "differ in more than dials; they cannot share a program"
             )
+
+
+def _joined(deltas: Sequence[Delta]) -> Delta:
+    """A delta that does whatever any of the trials asks for; how much is in dials."""
+    first = deltas[0]
+    values = {n: [getattr(one, n) for one in deltas] for n in first.dialled}
+    numbers = {n: max(v) for n, v in values.items() if not isinstance(v[0], str)}
+    return first.clone(**numbers)
 
 
 def static(delta: Delta) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowrank.core.keys import numbered_keys
 from lowrank.core.spec import check_fields, fields_of
 
 
@@ -97,12 +98,14 @@ class Delta(nn.Module, abc.ABC):
       dialled: Fields that act through `dial_values` and `draws` alone: trials that
         differ in them may share a program.
       reads_weight: Whether the factors' start depends on the frozen weight.
+      optional: Dials that are there with some options only.
     """
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]]
     linear: ClassVar[Mapping[str, str]] = {}
     dialled: ClassVar[frozenset[str]] = frozenset()
     reads_weight: ClassVar[bool] = False
+    optional: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         fields = fields_of(type(self))
@@ -131,6 +134,25 @@ class Delta(nn.Module, abc.ABC):
     def draws(self) -> bool:
         """Whether the delta draws random numbers in training (a static fact)."""
         return False
+
+    def drawn(self, dials: Mapping[str, Array], keys: Array) -> Mapping[str, Array]:
+        """The dials of one training step, of those that are drawn anew in each.
+
+        Args:
+          dials: Of a site.
+          keys: One per stacked layer; the same for all uses of the weight.
+        """
+        del keys
+        return dials
+
+    def amplitude(self, dials: Mapping[str, Array]) -> Array | None:
+        """c of shape (stack, max_rank), if W' - W = sum_r c_r a_r b_r; else None.
+
+        There a and b are the factors that `linear` names. What is known of such a sum
+        (`deltas.thin`) needs no dense matrix.
+        """
+        del dials
+        return None
 
     def factor(self, name: str, init: Any, shape: tuple[int, ...]) -> Array:
         """Creates a factor with `init`, or reads it.
@@ -161,6 +183,24 @@ class Delta(nn.Module, abc.ABC):
         """`weight` with factors and dials given."""
         variables = {"params": dict(factors), "dials": dict(dials)}
         return self.apply(variables, view, method="weight")
+
+
+def drop_components(gate: Array, rate: Array, keys: Array) -> Array:
+    """Inverted dropout of whole components: E[drop_components(gate)] = gate.
+
+    Every component is drawn from a key of its own, so that its fate depends neither on
+    `max_rank` nor on its neighbours; a closed one stays closed.
+
+    Args:
+      gate: (stack, max_rank).
+      rate: A number in [0, 1]; a rate of zero keeps every component.
+      keys: One per stacked layer.
+    """
+    one = jax.vmap(drop, in_axes=(0, None, 0))
+    layer = lambda own, key: one(own, rate, numbered_keys(key, own.shape[0]))
+    for _ in range(keys.ndim):
+        layer = jax.vmap(layer)
+    return layer(gate, keys)
 
 
 def drop(x: Array, rate: Array, key: Array) -> Array:

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from lowrank.core.errors import BadInput
 from lowrank.deltas import inits
-from lowrank.deltas.base import Call, Delta, Site, View
+from lowrank.deltas.base import Call, Delta, Site, View, drop_components
 
 
 class LoRA(Delta):
@@ -27,15 +27,22 @@ class LoRA(Delta):
     correction, as in the paper's code; for a table lookup, whose input is an index,
     it acts on the looked-up row in rank space.
 
+    Rank dropout (LyCORIS, Yeh et al. 2023, arXiv:2309.14859, an option of its code)
+    replaces g in training by g m / (1 - p), m_r from Bernoulli(1 - p): whole components
+    are left out. Every step draws one mask per site and layer, which all uses of the
+    weight share; unlike LyCORIS it is always scaled, so that its mean is g.
+
     Attributes:
       alpha: Numerator of the scale.
       scaling: "linear" or "rsqrt".
       dropout: Rate in [0, 1). Zero draws no random numbers at all.
+      rank_dropout: Rate p in [0, 1). Zero draws nothing, and there is no such dial.
     """
 
     alpha: float = 16.0
     scaling: Literal["linear", "rsqrt"] = "linear"
     dropout: float = 0.0
+    rank_dropout: float = 0.0
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "a": ("stack", "rank", "in"),
@@ -43,20 +50,36 @@ class LoRA(Delta):
         "gate": ("stack", "rank"),
         "scale": (),
         "dropout": (),
+        "rank_dropout": (),
     }
     linear: ClassVar[Mapping[str, str]] = {"in": "a", "out": "b"}
-    dialled: ClassVar[frozenset[str]] = frozenset({"alpha", "scaling", "dropout"})
+    dialled: ClassVar[frozenset[str]] = frozenset(
+        {"alpha", "scaling", "dropout", "rank_dropout"}
+    )
+    optional: ClassVar[frozenset[str]] = frozenset({"rank_dropout"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.dropout < 1.0:
-            raise BadInput(f"LoRA.dropout must be in [0, 1), not {self.dropout}")
+        for name in ("dropout", "rank_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise BadInput(
+                    f"LoRA.{name} must be in [0, 1), not {getattr(self, name)}"
+                )
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise BadInput(f"LoRA.alpha must be positive and finite, not {self.alpha}")
 
     @property
     def draws(self) -> bool:
-        return self.dropout > 0
+        return self.dropout > 0 or self.rank_dropout > 0
+
+    def drawn(self, dials: Mapping[str, Array], keys: Array) -> Mapping[str, Array]:
+        if not self.rank_dropout:
+            return dials
+        gate = drop_components(dials["gate"], dials["rank_dropout"], keys)
+        return {**dials, "gate": gate}
+
+    def amplitude(self, dials: Mapping[str, Array]) -> Array:
+        return dials["gate"] * dials["scale"]
 
     @nn.compact
     def factors(self, site: Site) -> Mapping[str, Array]:
@@ -67,7 +90,7 @@ class LoRA(Delta):
     def __call__(self, call: Call) -> Array:
         f = self.factors(call)
         gate = self.dial("gate") * self.dial("scale")
-        rate = self.dial("dropout") if self.draws else None
+        rate = self.dial("dropout") if self.dropout > 0 else None
         return call.product() + call.lowrank(f["a"], f["b"], gate, rate)
 
     def weight(self, view: View) -> Array:
@@ -78,6 +101,7 @@ class LoRA(Delta):
     def dial_values(
         self, stack: tuple[int, ...], max_rank: int, rank: int, ref_rank: int
     ) -> dict[str, Array]:
+        rate = self.rank_dropout
         divisor = ref_rank if self.scaling == "linear" else math.sqrt(ref_rank)
         gate = (jnp.arange(max_rank) < rank).astype(jnp.float32)
         return {
@@ -86,4 +110,6 @@ class LoRA(Delta):
             ),
             "scale": jnp.float32(self.alpha / divisor),
             "dropout": jnp.float32(self.dropout),
+            # Without it a run holds, stores and compiles what it did before.
+            **({"rank_dropout": jnp.float32(rate)} if rate else {}),
         }

@@ -43,6 +43,7 @@ from lowrank.train.loop import Events, Loop, LoopSpec, finished, fresh
 from lowrank.train.losses import Loss, cross_entropy
 from lowrank.train.optim import AdamW
 from lowrank.train.pack import Pack
+from lowrank.train.penalties import Penalties, impose
 from lowrank.train.state import TrainState
 from lowrank.train.step import make_step
 
@@ -139,6 +140,7 @@ def fit(
     validation: Sequence[Batch] | None = None,
     loss: Loss = cross_entropy,
     optim: AdamW | Sequence[AdamW] = AdamW(),
+    penalty: Penalties | Sequence[Penalties] = Penalties(),
     seeds: Sequence[int] = (0,),
     dials: Sequence[Dials] | None = None,
     directory: str | Path | None = None,
@@ -160,13 +162,14 @@ def fit(
       validation: Batches that choose the best state and may stop early.
       loss: What is minimized (see `train.losses`).
       optim: Constants; one for all trials or one per trial.
+      penalty: Weights of penalties on the corrections; one for all or one per trial.
       seeds: One trial each: its start, its dropout and its data order.
       dials: One per trial: its ranks, scales and rates; the adapted model's own for
         all if None.
       directory: Keeps checkpoints and continues from them; None keeps nothing.
       identity: Fingerprints that a stored state in `directory` must agree with to be
-        continued, beside those of base, rules, constants, seeds and length, which
-        are always compared.
+        continued, beside those of base, rules, constants, weights, seeds and length,
+        which are always compared.
       mesh: Devices.
       loop: When things happen.
       non_finite: What to do about a step that is not finite.
@@ -183,20 +186,29 @@ def fit(
       BadInput, NonFinite, Corrupt, Preempted: See `core.errors`.
     """
     optims = [optim] * len(seeds) if isinstance(optim, AdamW) else list(optim)
+    given = isinstance(penalty, Penalties)
+    penalties = [penalty] * len(seeds) if given else list(penalty)
     devices = mesh.build()
     if directory is not None:
-        own = _identity(adapted, batches, optims, seeds, dials)
+        own = _identity(adapted, batches, optims, penalties, seeds, dials)
         storage = Storage(
             Checkpoints(Path(directory), identity={**own, **(identity or {})})
         )
     check_plan(batches, validation, optims, seeds, devices, loop)
     if non_finite.action == "rollback" and storage is None:
         raise BadInput("non_finite.action=rollback needs a directory to roll back to")
+    if len(penalties) != len(seeds):
+        raise BadInput(
+            f"{len(seeds)} trials have {len(penalties)} sets of penalties; give "
+            "one for all of them, or one each"
+        )
+    imposed = impose(penalties, adapted.sites, adapted.thin)
     model = on_inputs(adapted.apply, inputs)
     frozen = replicate(adapted.frozen(), devices)
     state = states.start(
-        adapted.init_trained, dials or adapted.dials(), optims, seeds, adapted.leaves
-    )
+        adapted.init_trained, dials or adapted.dials(), optims, seeds, adapted.leaves,
+        imposed.weights(penalties),
+    )  # fmt: skip
     state = replicate(state, devices)
     forward = Forward(model, frozen, devices)
     memory: Mapping[str, Any] = {**fresh(len(seeds)), "data": batches.state(0)}
@@ -214,8 +226,9 @@ def fit(
     if not finished(memory, batches.num_steps):
         alive("compilation")
         step = make_step(
-            model, loss, optims[0], batches.num_steps, adapted.draws, adapted.active
-        )
+            model, loss, optims[0], batches.num_steps, adapted.draws, adapted.active,
+            imposed,
+        )  # fmt: skip
         shapes = [batch_shapes(batch, devices, 1) for batch in batches.examples()]
         put = lambda batch: place_batch(batch, devices, 1)
         pack = Pack(step, frozen, state, shapes, put, len(seeds), replicated(devices))
@@ -257,10 +270,12 @@ def _identity(
     adapted: Adapted,
     batches: TrainPipeline,
     optims: Sequence[AdamW],
+    penalties: Sequence[Penalties],
     seeds: Sequence[int],
     dials: Sequence[Dials] | None,
 ) -> dict[str, str]:
     """What decides a pack's course beside its code and the order of its data."""
+    weighed = any(one.named for one in penalties)
     return {
         "base": fingerprint(adapted.frozen()),
         "rules": digest({**adapted.rules, "/ref_rank": adapted.ref_rank}),
@@ -269,6 +284,8 @@ def _identity(
         ),
         "steps": str(batches.num_steps),
         **({} if dials is None else {"dials": fingerprint(list(dials))}),
+        # States from before there were penalties go on as they did.
+        **({"penalties": digest(list(penalties))} if weighed else {}),
     }
 
 

@@ -182,6 +182,7 @@ def _train(
             prepared.batches,
             validation=validation,
             optim=[one.optim for one in settings],
+            penalty=[one.penalty for one in settings],
             seeds=[one.seed for one in settings],
             dials=prepared.variants.dials(),
             mesh=settings[0].mesh,

@@ -13,6 +13,7 @@ from lowrank.sharding import batch_shapes, replicated
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.pack import over_trials
+from lowrank.train.penalties import impose
 from lowrank.train.step import make_step
 
 
@@ -25,9 +26,11 @@ def preview(prepared: Prepared) -> dict[str, Any]:
     settings, adapted = prepared.settings, prepared.adapted
     mesh = settings.mesh.build()
     model = on_inputs(adapted.apply, inputs_of)
+    imposed = impose([settings.penalty], adapted.sites, adapted.thin)
     start = lambda: states.start(
-        adapted.init_trained, adapted.dials(), [settings.optim], [settings.seed]
-    )
+        adapted.init_trained, adapted.dials(), [settings.optim], [settings.seed],
+        weights=imposed.weights([settings.penalty]),
+    )  # fmt: skip
     sharded = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
         tree,
@@ -35,8 +38,9 @@ def preview(prepared: Prepared) -> dict[str, Any]:
     state, frozen = sharded(jax.eval_shape(start)), sharded(adapted.frozen())
     steps = prepared.batches.num_steps
     step = make_step(
-        model, cross_entropy, settings.optim, steps, adapted.draws, adapted.active
-    )
+        model, cross_entropy, settings.optim, steps, adapted.draws, adapted.active,
+        imposed,
+    )  # fmt: skip
     packed = over_trials(step, 1)
     largest = max(prepared.batches.examples(), key=lambda batch: batch["ids"].size)
     batch = batch_shapes(largest, mesh, 1)

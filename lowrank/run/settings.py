@@ -28,14 +28,16 @@ from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import CATALOGUE as OPTIMIZERS
 from lowrank.train.optim import AdamW
+from lowrank.train.penalties import Penalties
 
 #: Version of the trial id; raised when the meaning of a setting changes.
-TRIAL_VERSION = 1
+TRIAL_VERSION = 2
 SCIENTIFIC = (
     "base",
     "data",
     "delta",
     "optim",
+    "penalty",
     "loop",
     "non_finite",
     "evaluate",
@@ -132,6 +134,7 @@ class Settings:
     batching: Batching
     delta: Mapping[str, Any]
     optim: AdamW
+    penalty: Penalties
     loop: LoopSpec
     non_finite: NonFinitePolicy
     evaluate: Evaluation
@@ -179,6 +182,7 @@ def read(config: Mapping[str, Any]) -> Settings:
         batching=plain(Batching, batching, "data.batching"),
         delta=_group(config, "delta"),
         optim=build(_group(config, "optim"), OPTIMIZERS, "optim"),
+        penalty=plain(Penalties, config.get("penalty"), "penalty"),
         loop=plain(LoopSpec, config.get("loop"), "loop"),
         non_finite=plain(NonFinitePolicy, config.get("non_finite"), "non_finite"),
         evaluate=plain(Evaluation, config.get("evaluate"), "evaluate"),
@@ -193,6 +197,11 @@ def read(config: Mapping[str, Any]) -> Settings:
         raise BadInput(
             "track.tensorboard=true needs the package tensorboardX: install "
             "lowrank[tensorboard], or set it to false"
+        )
+    if settings.penalty.named and settings.delta["name"] in ("head", "full"):
+        raise BadInput(
+            f"penalty.{settings.penalty.named[0]} weighs corrections, and delta="
+            f"{settings.delta['name']} makes none: set penalty=none"
         )
     if settings.batching.batch_size % settings.optim.accumulate:
         raise BadInput(

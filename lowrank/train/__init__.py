@@ -8,5 +8,7 @@ from lowrank.train.losses import Sums as Sums
 from lowrank.train.losses import cross_entropy as cross_entropy
 from lowrank.train.optim import AdamW as AdamW
 from lowrank.train.pack import Pack as Pack
+from lowrank.train.penalties import Penalties as Penalties
+from lowrank.train.penalties import impose as impose
 from lowrank.train.state import TrainState as TrainState
 from lowrank.train.step import make_step as make_step

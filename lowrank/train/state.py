@@ -37,7 +37,8 @@ class TrainState:
     Attributes:
       step: Steps taken, an integer scalar; after a rollback the data is further on.
       trained, opt, dials: The trial's trained tree, optimizer state and dials.
-      constants: Constants of optimizer and loss that may differ between trials.
+      constants: Constants of optimizer, loss and penalties that may differ between
+        trials.
       key: Root of the trial's randomness.
       best, best_value, best_step: The trained tree at its best validation so far.
       skipped: Steps whose loss or gradient was not finite.
@@ -73,6 +74,7 @@ def start(
     optims: Sequence[AdamW],
     seeds: Sequence[int],
     base: Frozen | None = None,
+    weights: Sequence[Mapping[str, float]] = (),
 ) -> TrainState:
     """The state of a pack before its first step.
 
@@ -82,9 +84,12 @@ def start(
       optims: One per trial; static choices are the first one's.
       seeds: One per trial.
       base: What the start may read of the base, as an argument of the program.
+      weights: Further constants, one mapping per trial: weights of penalties.
     """
     count = len(seeds)
     tables = [optim.constants() for optim in optims]
+    if weights:
+        tables = [{**a, **b} for a, b in zip(tables, weights, strict=True)]
     constants = {
         name: np.array([table[name] for table in tables], np.float32)
         for name in tables[0]

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.train.losses import Loss, Sums
 from lowrank.train.optim import Active, AdamW, only, rate, transformation
+from lowrank.train.penalties import Gradients, Imposed, closed, with_drift
 from lowrank.train.state import TrainState
 
 #: (frozen, trained, batch, dials=, key=) -> outputs; the adapted model.
@@ -24,6 +25,7 @@ def make_step(
     num_steps: int,
     draws: bool,
     active: Callable[[Dials], Active] = lambda dials: {},
+    imposed: Imposed = Imposed(),
 ) -> Callable[[Frozen, TrainState, Mapping[str, Array]], tuple[TrainState, dict]]:
     """Builds `step(frozen, state, batch) -> (state, metrics)` for one trial.
 
@@ -39,6 +41,8 @@ def make_step(
       draws: Whether the model draws random numbers in training.
       active: Which entries of the factors may move, from the dials; all by default.
         Padding is silent: the others get no gradient, no decay and no moments.
+      imposed: Penalties; the reported loss is the task's, the gradient norm that of
+        all together, as it is clipped.
     """
 
     def objective(trained: Trained, frozen: Frozen, state: TrainState, batch, key):
@@ -46,9 +50,18 @@ def make_step(
         sums = loss(outputs, batch, state.constants)
         return sums.loss, sums
 
-    gradient = jax.grad(objective, has_aux=True)
+    def gradient(trained, frozen, state, batch, key) -> tuple[Gradients, Sums]:
+        if imposed.drifts:
+            run = lambda t: model(frozen, t, batch, dials=state.dials, key=key)
+            judge = lambda outputs: loss(outputs, batch, state.constants)
+            shut = closed(state.dials)
+            base = model(frozen, trained, batch, dials=shut, key=None)
+            return with_drift(run, judge, trained, base, batch)
+        of_task = jax.grad(objective, has_aux=True)
+        task, sums = of_task(trained, frozen, state, batch, key)
+        return Gradients(task), sums
 
-    def gradients(frozen, state, batch) -> tuple[Trained, Sums]:
+    def gradients(frozen, state, batch) -> tuple[Gradients, Sums]:
         key = jax.random.fold_in(state.key, state.step) if draws else None
         if optim.accumulate == 1:
             return gradient(state.trained, frozen, state, batch, key)
@@ -70,25 +83,31 @@ def make_step(
         return total
 
     def step(frozen: Frozen, state: TrainState, batch: Mapping[str, Array]):
-        grads, sums = gradients(frozen, state, batch)
+        found, sums = gradients(frozen, state, batch)
         weight = jnp.maximum(sums.weight, 1e-9)
         moving = active(state.dials)
-        grads = only(moving, jax.tree.map(lambda g: g / weight, grads))
+        task = only(moving, jax.tree.map(lambda g: g / weight, found.task))
+        grads, added = imposed.add(Gradients(task, found.drift), weight, state, moving)
         value, norm = sums.loss / weight, optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         tx = transformation(optim, state.constants, num_steps, moving)
         updates, opt = tx.update(grads, state.opt, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained: Any = optax.apply_updates(state.trained, updates)
+        # The optimizer's own count: it stands still in a step that is not applied.
+        present = lambda: rate(optim, state.constants["lr"], num_steps)(
+            state.step - state.skipped
+        )
+        trained, settled = imposed.settle(trained, frozen, state, moving, present)
         moves = finite & state.live
         keep = lambda new, old: jnp.where(moves, new, old)
-        # The optimizer's own count: it stands still in a step that is not applied.
-        applied = state.step - state.skipped
         metrics = {
             "loss": value,
             "grad_norm": norm,
-            "lr": rate(optim, state.constants["lr"], num_steps)(applied),
+            "lr": present(),
             "finite": finite,
             **{name: total / weight for name, total in sums.extra.items()},
+            **added,
+            **settled,
         }
         return state.replace(
             step=state.step + 1,

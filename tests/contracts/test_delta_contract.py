@@ -19,6 +19,7 @@ OPTIONS = {
         {},
         {"scaling": "rsqrt", "alpha": 3.0},
         {"dropout": 0.4},
+        {"rank_dropout": 0.4},
     ],
 }
 DELTAS = [(name, options) for name in CATALOGUE for options in OPTIONS[name]]
@@ -222,7 +223,9 @@ def test_factors_and_dials_have_the_axes_they_declare(name, options, place):
         "out": tuple(site.shape[d] for d in site.outs),
     }
     parts = {**case.start["w"], **case.dials["w"]}
-    assert set(parts) == set(case.delta.axes)
+    named, optional = set(case.delta.axes), case.delta.optional
+    assert named - optional <= set(parts) <= named
+    assert set(case.adapted.active(case.dials)["w"]) == set(case.start["w"])
     for role, part in parts.items():
         expected = sum((sizes[axis] for axis in case.delta.axes[role]), ())
         assert part.shape == expected, role

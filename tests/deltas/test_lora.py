@@ -47,6 +47,7 @@ def unhooked():
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
         ({"dropout": -0.1}, "dropout"),
         ({"dropout": math.nan}, "dropout"),
+        ({"rank_dropout": 1.0}, r"rank_dropout must be in \[0, 1\), not 1.0"),
         ({"alpha": 0.0}, "alpha must be positive and finite"),
         ({"alpha": math.inf}, "alpha"),
         ({"alpha": "16"}, "alpha must be float, not '16'"),
@@ -73,4 +74,5 @@ def test_a_config_builds_it():
 
 def test_only_a_rate_above_zero_draws():
     assert LoRA(dropout=0.1).draws
+    assert LoRA(rank_dropout=0.1).draws
     assert not LoRA().draws

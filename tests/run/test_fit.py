@@ -17,6 +17,7 @@ from lowrank.sharding import MeshSpec
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import AdamW
+from lowrank.train.penalties import Penalties
 
 OPTIM = AdamW(lr=0.01, epochs=2)
 LOOP = LoopSpec(log_every=1, checkpoint_every=4)
@@ -114,10 +115,15 @@ def test_two_seeds_in_one_pack_are_the_two_runs(fitter, plain):
 
 def test_trials_of_a_pack_may_differ_in_their_constants(fitter, plain):
     optims = [OPTIM, AdamW(lr=0.001, epochs=2, weight_decay=0.1)]
-    packed, rows = fitter(0, 0, optim=optims)
+    penalty = [Penalties(), Penalties(drift=0.1, frobenius=1e-3)]
+    packed, rows = fitter(0, 0, optim=optims, penalty=penalty)
     assert losses(rows, 0) == pytest.approx(losses(plain[1]), rel=1e-3)
     assert losses(rows, 1)[10] > losses(rows, 0)[10]
     assert packed.state.constants["lr"].tolist() == pytest.approx([0.01, 0.001])
+    assert packed.state.constants["drift"].tolist() == pytest.approx([0.0, 0.1])
+    name = "train/penalty/frobenius"
+    sizes = [[row[name] for row in one] for _, one in rows if name in one[0]][-1]
+    assert sizes[0] > sizes[1] > 0
 
 
 def test_several_devices_do_what_one_does(fitter, plain):
@@ -173,6 +179,7 @@ def test_a_directory_of_another_run_is_refused(fitter, prepared, tmp_path):
     [
         ({"non_finite": NonFinitePolicy(action="rollback")}, "needs a directory"),
         ({"optim": [OPTIM, OPTIM]}, "1 trials have 2 settings"),
+        ({"penalty": [Penalties()] * 2}, "1 trials have 2 sets of penalties"),
         ({"mesh": MeshSpec(data=3)}, "cannot be shared out"),
         ({"loop": LoopSpec(select="beauty")}, "'beauty' is not a number"),
         ({"optim": dataclasses.replace(OPTIM, accumulate=3)}, "accumulate = 3"),

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from tiny_run import SMALL, SPEC, composed
+from tiny_run import SMALL, SPEC, composed, metric_rows
 
+from lowrank.core.trees import flatten
 from lowrank.io.peft import read_adapter
 from lowrank.run.door import unquoted_keys
 from lowrank.run.settings import read
@@ -25,7 +26,8 @@ def config(world, *overrides):
 @pytest.fixture(scope="module")
 def layered(world):
     directory = world.runs / "layered"
-    return directory, run_trial(config(world, f"run.directory={directory}"))
+    weights = ["penalty.frobenius=1e-4", "penalty.norm_cap=0.05"]
+    return directory, run_trial(config(world, f"run.directory={directory}", *weights))
 
 
 def test_the_record_tells_the_rank_of_every_layer(layered):
@@ -45,6 +47,22 @@ def test_the_record_tells_the_rank_of_every_layer(layered):
     assert costs["adapter_bytes"] == 4 * (factors + head)
     held = 4 * 3 * 2 * SPEC.d_model * 3 + 2 * 3 * (SPEC.d_model + SPEC.d_ff) * 6
     assert costs["padding_parameters"] == held - factors
+
+
+def test_penalties_of_a_config_are_felt_and_told(layered):
+    directory, _ = layered
+    rows = [row for row in metric_rows(directory) if "train/loss" in row]
+    assert all(row["train/penalty/frobenius"] > 0 for row in rows)
+    run = load_run(directory)
+    merged, _ = flatten(run.adapted.merge(run.adapted.frozen(), run.trained, run.dials))
+    before, _ = flatten(run.base.params)
+    norms = lambda tree: np.linalg.norm(np.asarray(tree), axis=(-2, -1))
+    ratios = [
+        norms(np.asarray(merged[path]) - before[path]) / norms(before[path])
+        for path in run.adapted.sites
+    ]
+    # What the merged weight is rounded to.
+    assert np.concatenate(ratios).max() == pytest.approx(0.05, rel=1e-3)
 
 
 def test_the_adapter_holds_what_is_open(layered):

@@ -17,7 +17,14 @@ from lowrank.run.stored import load_run
 DIFFERENT = (
     ["delta.rank=2", "seed=3"],
     ["delta.rank=5", "seed=4", "delta.alpha=8", "delta.dropout=0.2", "optim.lr=0.01"],
-    ["delta.rank=3", "seed=3", "delta.scaling=rsqrt", "optim.weight_decay=0.1"],
+    [
+        "delta.rank=3",
+        "seed=3",
+        "delta.scaling=rsqrt",
+        "optim.weight_decay=0.1",
+        "delta.rank_dropout=0.3",
+        "penalty.frobenius=0.01",
+    ],
 )
 
 

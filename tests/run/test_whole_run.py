@@ -418,6 +418,7 @@ def test_trial_ids_follow_the_science_alone(world):
     other = [
         "seed=1", "delta.rank=3", "optim.lr=0.1", "data.seed=2", "loop.patience=3",
         "evaluate.batch_size=8", "base.pooling=cls", "non_finite.limit=2",
+        "penalty.drift=0.1", "penalty=cap", "delta.rank_dropout=0.1",
     ]  # fmt: skip
     trial = read(world.config()).trial_id
     assert {read(world.config(o)).trial_id for o in same} == {trial}
