@@ -17,7 +17,6 @@ from lowrank.adapt.state import refuse_state
 from lowrank.adapt.verify import Verification, compare
 from lowrank.core.arrays import Dials, Frozen, Key, PyTree, Trained
 from lowrank.core.errors import BadInput, LowrankError
-from lowrank.core.keys import key_for
 from lowrank.core.trees import flatten
 from lowrank.deltas.base import Delta
 from lowrank.deltas.thin import Thin

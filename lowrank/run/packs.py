@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 #: In a pack's folder: its trials, in order.
 COMPOSITION = "pack.json"
 COMPOSITION_SCHEMA = 1
+_PENALTY = "train/penalty/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _train(
     def log(position: int, rows: Sequence[Mapping[str, float]]) -> None:
         for watch, row in zip(watches, rows, strict=True):
             if watch and row:
-                watch.trackers(position).log(position, row)
+                watch.log(position, row)
 
     try:
         fitted = fit(
@@ -320,6 +321,18 @@ class _Watch:
                 first_step=step,
             )
         return self._trackers
+
+    def log(self, position: int, row: Mapping[str, float]) -> None:
+        """Logs a trial's numbers, without those of penalties only neighbors have."""
+        wanted = self._settings.penalty.named
+        self.trackers(position).log(
+            position,
+            {
+                name: value
+                for name, value in row.items()
+                if _PENALTY not in name or name.split(_PENALTY)[1] in wanted
+            },
+        )
 
     def close(self) -> None:
         (self._trackers or self.jsonl).close(self.status)
