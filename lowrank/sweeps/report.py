@@ -1,0 +1,275 @@
+"""The report of a sweep: report.md with its figures, from nothing but the records."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from lowrank.evaluate.compare import Comparison, compare_arms
+from lowrank.evaluate.stats import LEVEL
+from lowrank.io.files import write_atomically
+from lowrank.report.arms import by_seed, members, plain
+from lowrank.report.drawing import Drawing, Trials
+from lowrank.report.figures import draw_all
+from lowrank.sweeps.load import LOWER_IS_BETTER, Sweep
+from lowrank.sweeps.results import told_statuses
+
+REPORT, FIGURES = "report.md", "figures"
+ARMS, DIFFERENCES = "arms.csv", "differences.csv"
+#: Rows of a table; how many more there are is said.
+MOST = 20
+
+
+def write_report(
+    sweep: Sweep,
+    *,
+    by: str | None = None,
+    baseline: str | None = None,
+    margin: float | None = None,
+    level: float = LEVEL,
+) -> Path:
+    """Writes report.md, its figures to figures/, and its tables as arms.csv and
+    differences.csv, in the sweep's directory.
+
+    Args:
+      sweep: What was loaded.
+      by: The validation number that it is about; `sweep.select` if None.
+      baseline: The arm that others are compared with, named as in the report
+        ("delta.rank=8 optim.lr=0.001"); the best one if None.
+      margin: Differences below it do not matter, in the unit of the number (0.01 is
+        one point of accuracy); None: equivalence is not tested.
+      level: Confidence level of the intervals and tests.
+
+    Returns:
+      The path of report.md.
+
+    Raises:
+      UnknownName: There is no such number or arm.
+      BadInput: The margin or level is out of its range.
+      CannotWrite: The file system refused.
+    """
+    by = by or sweep.select
+    drawings = draw_all(trials_of(sweep, by))
+    for drawing in drawings:
+        drawing.save(sweep.directory / FIGURES)
+    found = compare(sweep, by, baseline=baseline, margin=margin, level=level)
+    parts = [
+        _head(sweep, by),
+        _arms(sweep, by, level),
+        _comparisons(found, baseline is None, margin, level),
+        *map(_figure, drawings),
+        _unfinished(sweep.trials),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    _write(sweep.directory / ARMS, sweep.arms(by, level).to_csv(index=False))
+    _write(sweep.directory / DIFFERENCES, comparison_frame(found).to_csv(index=False))
+    _write(sweep.directory / REPORT, text)
+    return sweep.directory / REPORT
+
+
+def trials_of(sweep: Sweep, by: str | None = None) -> Trials:
+    """What the figures of `lowrank.report.figures` are drawn from."""
+    by = by or sweep.select
+    return Trials(sweep.trials, sweep.varied, f"best.{by}", by not in LOWER_IS_BETTER)
+
+
+def compare(
+    sweep: Sweep,
+    by: str | None = None,
+    *,
+    baseline: str | None = None,
+    margin: float | None = None,
+    level: float = LEVEL,
+) -> list[Comparison]:
+    """Every arm with a finished trial against the baseline, over the seeds of both.
+
+    Args:
+      sweep: What was loaded.
+      by, baseline, margin, level: As in `write_report`.
+
+    Raises:
+      UnknownName: There is no such number, or no such arm with a finished trial.
+    """
+    by = by or sweep.select
+    table = sweep.arms(by)
+    arms = {
+        arm["arm"]: by_seed(members(sweep.trials, arm, sweep.varied), f"best.{by}")
+        for _, arm in table[table["num_done"] > 0].iterrows()
+    }
+    if not arms:
+        return []
+    return compare_arms(
+        arms,
+        next(iter(arms)) if baseline is None else baseline,
+        higher_is_better=by not in LOWER_IS_BETTER,
+        margin=margin,
+        level=level,
+    )
+
+
+def comparison_frame(found: Sequence[Comparison]) -> pd.DataFrame:
+    """Comparisons as a frame, one row per arm."""
+    rows = [
+        {
+            "arm": one.arm,
+            "baseline": one.baseline,
+            "seeds": one.difference.num_groups,
+            "difference": one.difference.estimate,
+            "low": one.difference.low,
+            "high": one.difference.high,
+            "p": one.p,
+            "adjusted_p": one.adjusted_p,
+            "exact_p": one.exact_p,
+            "exact_floor": one.exact_floor,
+            "equivalence_p": one.adjusted_equivalence_p,
+            "verdict": one.verdict,
+        }
+        for one in found
+    ]
+    return pd.DataFrame(rows)
+
+
+def _head(sweep: Sweep, by: str) -> str:
+    trials = sweep.trials
+    lines = [
+        f"# Sweep {sweep.directory.name}",
+        "",
+        f"{len(trials)} trials: {told_statuses(trials)}. Trials that differ in their "
+        f"seed only are one arm. Ranked by validation {by} of the state that each "
+        "trial kept; test scores are sealed and have no part in this.",
+        "",
+    ]
+    for name, words in (("base.name", "Base"), ("data.name", "Data")):
+        if name in trials:
+            lines.append(f"- {words}: {_values(trials[name])}")
+    for name in sweep.varied:
+        lines.append(f"- `{name}`: {_values(trials[name])}")
+    lines.append(f"- `seed`: {_values(trials['seed'])}")
+    for name in ("code", "base", "data"):
+        count = trials.get(f"identity.{name}", pd.Series(dtype=object)).nunique()
+        if count > 1 and not any(v.startswith(f"{name}.") for v in sweep.varied):
+            lines.append(
+                f"- **{count} fingerprints of {name}**, where one was to be expected: "
+                "differences may come from there."
+            )
+    return "\n".join(lines)
+
+
+def _arms(sweep: Sweep, by: str, level: float) -> str:
+    arms = sweep.arms(by, level)
+    columns = [*(f"`{name}`" for name in sweep.varied), "done", by, f"{level:.0%}"]
+    rows = []
+    for _, arm in arms.head(MOST).iterrows():
+        ends = (arm["low"], arm["high"])
+        rows.append(
+            [
+                *(plain(arm[name]) for name in sweep.varied),
+                f"{arm['num_done']} of {arm['num_trials']}",
+                _figures(arm["mean"]),
+                "-" if pd.isna(ends[0]) else f"[{', '.join(map(_figures, ends))}]",
+            ]
+        )
+    note = (
+        "Mean over seeds with its t interval. An arm of which fewer trials are done "
+        "comes after those with more."
+    )
+    return "\n".join(["## Arms", "", note, "", *_table(columns, rows, len(arms), ARMS)])
+
+
+def _comparisons(
+    found: Sequence[Comparison], picked: bool, margin: float | None, level: float
+) -> str:
+    if not found:
+        return "## Differences\n\nThere are no two arms with a finished trial."
+    lines = ["## Differences", "", f"To `{found[0].baseline}`, paired over seeds. "]
+    if picked:
+        lines[-1] += (
+            "It was picked as the best on the same numbers, which biases the "
+            "differences in its favour; name a baseline to avoid that. "
+        )
+    lines[-1] += (
+        "p: paired t test, Holm-adjusted over all arms of the sweep; exact p: sign "
+        "flips, which assume no distribution, with the least value that so many seeds "
+        "allow. "
+    )
+    lines[-1] += (
+        "No margin was stated, so equivalence was not tested, and inconclusive does "
+        "not mean equal."
+        if margin is None
+        else f"Equivalent: within {margin:g} either way by two one-sided t tests, "
+        "Holm-adjusted too."
+    )
+    columns = ["arm", "seeds", "difference", f"{level:.0%}", "p", "exact p (least)"]
+    columns += ["equivalence p"] * (margin is not None) + ["verdict"]
+    rows = []
+    for one in found[:MOST]:
+        d = one.difference
+        row = [
+            f"`{one.arm}`",
+            str(d.num_groups),
+            _figures(d.estimate, "+"),
+            d.method if d.low is None else f"[{d.low:+.4f}, {d.high:+.4f}]",
+            f"{one.adjusted_p:.3g}",
+            "-"
+            if one.exact_p is None
+            else f"{one.exact_p:.3g} ({one.exact_floor:.3g})",
+        ]
+        if margin is not None:
+            row.append(_p(one.adjusted_equivalence_p))
+        rows.append([*row, one.verdict])
+    return "\n".join([*lines, "", *_table(columns, rows, len(found), DIFFERENCES)])
+
+
+def _figure(drawing: Drawing) -> str:
+    lines = [f"## {drawing.title}", ""]
+    if drawing.figure is not None:
+        lines += [f"![{drawing.title}]({FIGURES}/{drawing.name}.png)", ""]
+    return "\n".join([*lines, drawing.note])
+
+
+def _unfinished(trials: pd.DataFrame) -> str:
+    rest = trials[trials["status"] != "done"]
+    if not len(rest):
+        return ""
+    rows = [
+        [f"`{t['trial']}`", t["status"], _cell(t["reason"])] for _, t in rest.iterrows()
+    ]
+    table = _table(["trial", "status", "reason"], rows, len(rows), "")
+    return "\n".join(["## Not done", "", *table])
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], total: int, file: str
+) -> list[str]:
+    lines = [
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    left = total - len(rows)
+    return [*lines, "", f"{left} more are in {file}."] if left else lines
+
+
+def _values(column: pd.Series) -> str:
+    values = column.dropna().unique()
+    numbers = pd.to_numeric(pd.Series(values), errors="coerce")
+    ordered = sorted(values) if not numbers.isna().any() else values
+    return ", ".join(map(plain, ordered)) or "none"
+
+
+def _figures(value: float | None, sign: str = "") -> str:
+    return "-" if value is None or pd.isna(value) else f"{value:{sign}.4f}"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _cell(value: object) -> str:
+    """Text that cannot end a cell of a table."""
+    text = "" if value is None or pd.isna(value) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
