@@ -89,7 +89,7 @@ def heat_map(trials: Trials) -> Drawing:
         axes = figure.add_subplot()
         image = axes.imshow(values, cmap="cividis", aspect="auto", origin="lower")
         for (row, column), value in np.ndenumerate(values):
-            text = "–" if np.isnan(value) else f"{value:.{digits}f}"  # noqa: RUF001
+            text = "\N{EN DASH}" if np.isnan(value) else f"{value:.{digits}f}"
             won = row * len(rates) + column == winner
             # White on the darker half of the map.
             dark = not np.isnan(value) and image.norm(value) < 0.55

@@ -222,7 +222,7 @@ class Sweep:
         found: dict[str, Any] = {"steps": metrics["step"].max() if len(metrics) else 0}
         if len(seen):
             found |= _named("last", seen.iloc[-1], names)
-            best = _best_row(seen, row.get("loop.select"))
+            best = best_row(seen, row.get("loop.select"))
             if best is not None:
                 found |= _named("best", best, names)
                 found["best_step"] = best["step"]
@@ -318,7 +318,7 @@ def _is_gone(status: Mapping[str, Any]) -> bool:
     return False
 
 
-def _best_row(seen: pd.DataFrame, select: str | None) -> pd.Series | None:
+def best_row(seen: pd.DataFrame, select: str | None) -> pd.Series | None:
     """The row that training would have kept: the first of the best, in float32."""
     column = f"{_VALIDATION}{select}"
     if column not in seen:

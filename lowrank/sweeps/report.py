@@ -54,9 +54,9 @@ def write_report(
         drawing.save(sweep.directory / FIGURES)
     found = compare(sweep, by, baseline=baseline, margin=margin, level=level)
     parts = [
-        _head(sweep, by),
-        _arms(sweep, by, level),
-        _comparisons(found, baseline is None, margin, level),
+        head(sweep, by),
+        arms_section(sweep, by, level),
+        differences_section(found, baseline is None, margin, level),
         *map(_figure, drawings),
         _unfinished(sweep.trials),
     ]
@@ -129,7 +129,8 @@ def comparison_frame(found: Sequence[Comparison]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _head(sweep: Sweep, by: str) -> str:
+def head(sweep: Sweep, by: str) -> str:
+    """What was swept, and what has to be known before comparing."""
     trials = sweep.trials
     lines = [
         f"# Sweep {sweep.directory.name}",
@@ -155,7 +156,8 @@ def _head(sweep: Sweep, by: str) -> str:
     return "\n".join(lines)
 
 
-def _arms(sweep: Sweep, by: str, level: float) -> str:
+def arms_section(sweep: Sweep, by: str, level: float = LEVEL) -> str:
+    """The arms, ranked, with their intervals over seeds."""
     arms = sweep.arms(by, level)
     columns = [*(f"`{name}`" for name in sweep.varied), "done", by, f"{level:.0%}"]
     rows = []
@@ -176,9 +178,13 @@ def _arms(sweep: Sweep, by: str, level: float) -> str:
     return "\n".join(["## Arms", "", note, "", *_table(columns, rows, len(arms), ARMS)])
 
 
-def _comparisons(
-    found: Sequence[Comparison], picked: bool, margin: float | None, level: float
+def differences_section(
+    found: Sequence[Comparison],
+    picked: bool,
+    margin: float | None = None,
+    level: float = LEVEL,
 ) -> str:
+    """The arms beside the baseline; `picked` says that the same numbers chose it."""
     if not found:
         return "## Differences\n\nThere are no two arms with a finished trial."
     lines = ["## Differences", "", f"To `{found[0].baseline}`, paired over seeds. "]

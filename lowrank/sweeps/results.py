@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
@@ -56,7 +57,8 @@ def ranked_trials(sweep: Sweep) -> pd.DataFrame:
 def storable(frame: pd.DataFrame) -> pd.DataFrame:
     """Columns of one type each, as Parquet wants: mixed ones become text."""
     frame = frame.reset_index(drop=True).copy()
-    for name in frame.select_dtypes(object):
+    mixed = [name for name in frame if frame[name].dtype == np.dtype(object)]
+    for name in mixed:
         kinds = {type(value) for value in frame[name].dropna()}
         if not kinds or len(kinds) > 1:
             text = frame[name].map(lambda v: None if pd.isna(v) else str(v))
