@@ -178,8 +178,11 @@ def regularization_curves(trials: Trials) -> Drawing:
 def cost_quality(trials: Trials) -> Drawing:
     """Value against what a trial costs; the line joins arms that none beats in both."""
     title = "Cost and quality"
-    costs = [(*cost, _cost(trials, cost[0], cost[3])) for cost in COSTS]
-    costs = [cost for cost in costs if cost[4] is not None and np.ptp(cost[4]) > 0]
+    costs = [
+        (label, unit, found)
+        for column, label, unit, shared in COSTS
+        if (found := _cost(trials, column, shared)) is not None and np.ptp(found) > 0
+    ]
     if not costs:
         told = ", ".join(column for column, *_ in COSTS)
         note = f"Not drawn: no two arms that are done differ in {told}."
@@ -187,7 +190,7 @@ def cost_quality(trials: Trials) -> Drawing:
     with mpl.rc_context(STYLE):
         figure, parts = panels(len(costs))
         groups = series_of(trials, trials.arms)
-        for axes, (_, label, unit, _, found) in zip(parts, costs, strict=True):
+        for axes, (label, unit, found) in zip(parts, costs, strict=True):
             for color, marker, (name, own) in styled(groups):
                 axes.plot(
                     found[own.index], trials.scale * own["mean"], marker, color=color,

@@ -79,8 +79,9 @@ def unseal(
       UnknownName: No trial is called so.
       Corrupt: finalists.json or a record is damaged.
     """
-    names = finalists["trial"] if isinstance(finalists, pd.DataFrame) else finalists
-    chosen = sorted(set(map(str, names)))
+    if isinstance(finalists, pd.DataFrame):
+        finalists = finalists["trial"].tolist()
+    chosen = sorted(set(map(str, finalists)))
     own = _rows(trials, chosen)
     _store(directory / FINALISTS, chosen)
     rows = []

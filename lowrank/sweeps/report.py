@@ -1,23 +1,79 @@
 """The report of a sweep: report.md with its figures, from nothing but the records."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from lowrank.core.spec import fields_of, refuse_targets, spec
 from lowrank.evaluate.compare import Comparison, compare_arms
 from lowrank.evaluate.stats import LEVEL
 from lowrank.io.files import write_atomically
 from lowrank.report.arms import by_seed, members, plain
 from lowrank.report.drawing import Drawing, Trials
 from lowrank.report.figures import draw_all
-from lowrank.sweeps.load import LOWER_IS_BETTER, Sweep
-from lowrank.sweeps.results import told_statuses
+from lowrank.run.settings import check_groups
+from lowrank.run.settings import plain as plain_spec
+from lowrank.sweeps.load import LOWER_IS_BETTER, Sweep, load_sweep
+from lowrank.sweeps.results import (
+    send_summary,
+    show_results,
+    told_statuses,
+    write_results,
+)
+from lowrank.track.trackers import Track
 
 REPORT, FIGURES = "report.md", "figures"
 ARMS, DIFFERENCES = "arms.csv", "differences.csv"
 #: Rows of a table; how many more there are is said.
 MOST = 20
+_log = logging.getLogger(__name__)
+
+
+@spec
+class ReportSpec:
+    """What is reported: the fields of `conf/report.yaml` beside the group track.
+
+    Attributes:
+      directory: Of the sweep.
+      by, baseline, margin, level: See `write_report`.
+    """
+
+    directory: str
+    by: str | None = None
+    baseline: str | None = None
+    margin: float | None = None
+    level: float = LEVEL
+
+
+def report_sweep(config: Mapping[str, Any]) -> Sweep:
+    """Reads a sweep, writes its results and report, and shows the ranked arms.
+
+    With a group track that uses W&B, a summary run is sent as well.
+
+    Raises:
+      BadInput: A setting is unknown or does not fit, or there is no such sweep.
+    """
+    refuse_targets(config)
+    check_groups(config, (*fields_of(ReportSpec), "track"))
+    fields = {name: value for name, value in config.items() if name != "track"}
+    chosen = plain_spec(ReportSpec, fields, "config")
+    track = plain_spec(Track, config.get("track"), "track")
+    sweep = load_sweep(chosen.directory)
+    path = write_report(
+        sweep,
+        by=chosen.by,
+        baseline=chosen.baseline,
+        margin=chosen.margin,
+        level=chosen.level,
+    )
+    write_results(sweep)
+    show_results(sweep, by=chosen.by)
+    send_summary(sweep, track, track.group or sweep.directory.name)
+    _log.info("wrote %s", path)
+    return sweep
 
 
 def write_report(

@@ -9,10 +9,16 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from lowrank.core.errors import CannotWrite, UnknownName
+from lowrank.core.errors import BadInput, CannotWrite, UnknownName
 from lowrank.io.seals import read_sealed, write_sealed
 from lowrank.sweeps.load import load_sweep
-from lowrank.sweeps.report import compare, differences_section, head, write_report
+from lowrank.sweeps.report import (
+    compare,
+    differences_section,
+    head,
+    report_sweep,
+    write_report,
+)
 from lowrank.sweeps.results import send_summary, show_results, storable, write_results
 from lowrank.track.trackers import Track
 
@@ -123,6 +129,20 @@ def test_a_report_says_where_one_code_was_to_be_expected(directory):
     text = head(load_sweep(directory), "accuracy")
     assert "**2 fingerprints of code**" in text
     assert "fingerprints of base" not in text
+
+
+def test_a_command_reports_and_refuses_what_it_does_not_know(sweep, capsys):
+    config = {"directory": str(sweep.directory), "track": {"wandb": "disabled"}}
+    report_sweep(config | {"by": "log_loss", "margin": 0.02})
+    assert "Arms by validation log_loss, lowest first" in capsys.readouterr().out
+    assert (sweep.directory / "results.parquet").exists()
+    assert "within 0.02" in (sweep.directory / "report.md").read_text()
+    for change, words in (
+        ({"margins": 1}, "margins.*margin"),
+        ({"level": "x"}, "level"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            report_sweep(config | change)
 
 
 def test_a_summary_run_holds_the_tables_in_the_group_of_the_sweep(sweep):
