@@ -130,7 +130,8 @@ def holm(p_values: Sequence[float | None]) -> list[float]:
     if not p_values:
         return []
     known = [1.0 if p is None else p for p in p_values]
-    return [float(p) for p in multipletests(known, method="holm")[1]]
+    adjusted: Any = multipletests(known, method="holm")[1]
+    return [float(p) for p in adjusted]
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

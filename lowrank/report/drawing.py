@@ -9,13 +9,15 @@ import dataclasses
 import html
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
@@ -28,12 +30,26 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from lowrank.report.arms import arm_table, best_over, finished, matched, members, plain
+from lowrank.report.arms import (
+    arm_table,
+    best_over,
+    finished,
+    groups,
+    is_missing,
+    matched,
+    members,
+    numbers,
+    plain,
+    records,
+    rows,
+)
 from lowrank.report.tables import METRICS
 
 RATE, RANK, DELTA = "optim.lr", "delta.rank", "delta.name"
-_MARKERS = "osD^vP*X<>"
-STYLE = {
+Color = tuple[float, ...]
+MARKERS = "osD^vP*X<>"
+#: Of every figure; matplotlib types the names of its settings.
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -69,7 +85,18 @@ class Trials:
         arms = arm_table(
             self.frame, self.varied, self.metric, higher_is_better=self.higher_is_better
         )
-        return arms[arms["num_done"] > 0]
+        return rows(arms, numbers(arms, "num_done") > 0)
+
+    @cached_property
+    def looks(self) -> dict[str, tuple[Color, str]]:
+        """The colour and marker of every line, the same in all panels."""
+        names = [name for name, _ in series_of(self, self.arms)]
+        return {
+            name: (color, MARKERS[number % len(MARKERS)])
+            for number, (name, color) in enumerate(
+                zip(names, colors(len(names)), strict=True)
+            )
+        }
 
     @property
     def label(self) -> str:
@@ -93,8 +120,8 @@ class Trials:
         """The different numbers of a setting among the arms."""
         if name not in self.varied:
             return []
-        numbers = pd.to_numeric(self.arms[name], errors="coerce").dropna()
-        return sorted(set(map(float, numbers)))
+        found = numbers(self.arms, name)
+        return sorted(set(found[np.isfinite(found)].tolist()))
 
     def chosen(self, keep: Sequence[str], per: Sequence[str] = ()) -> pd.DataFrame:
         """The best arm for each combination of `keep`, fairly where that can be."""
@@ -106,10 +133,10 @@ class Trials:
         """The settings that vary beside `keep`."""
         return [name for name in self.varied if name not in keep]
 
-    def seeds(self, arm: pd.Series) -> np.ndarray:
+    def seeds(self, arm: Mapping[str, Any]) -> np.ndarray:
         """The values of an arm's trials, scaled."""
         own = finished(members(self.frame, arm, self.varied), self.metric)
-        return self.scale * own[self.metric].to_numpy(float)
+        return self.scale * numbers(own, self.metric)
 
     @staticmethod
     def _words(name: str) -> tuple[str, bool]:
@@ -155,10 +182,12 @@ class Drawing:
 
 def lines(axes: Axes, trials: Trials, best: pd.DataFrame, x: str) -> None:
     """One line per series through the means, with seeds and their range."""
-    for color, marker, (name, own) in styled(series_of(trials, best)):
-        own = own.dropna(subset=[x]).sort_values(x)
-        places = own[x].to_numpy(float)
-        seeds = [trials.seeds(arm) for _, arm in own.iterrows()]
+    for name, own in series_of(trials, best):
+        color, marker = trials.looks[name]
+        own = rows(own, np.isfinite(numbers(own, x)))
+        arms = sorted(records(own), key=lambda arm: arm[x])
+        places = [float(arm[x]) for arm in arms]
+        seeds = [trials.seeds(arm) for arm in arms]
         low, high = [s.min() for s in seeds], [s.max() for s in seeds]
         axes.fill_between(places, low, high, color=color, alpha=0.15, lw=0)
         means = [s.mean() for s in seeds]
@@ -169,31 +198,21 @@ def lines(axes: Axes, trials: Trials, best: pd.DataFrame, x: str) -> None:
 
 def series_of(trials: Trials, arms: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The arms by what makes a line of its own, in order, named."""
-    if not trials.series or not len(arms):
-        return [("", arms)]
-    groups = arms.groupby(trials.series, dropna=False, sort=True)
-    return [(name_of(own.iloc[0]), own) for _, own in groups]
+    ordered = best_over(arms, trials.series)
+    found = {key: own for key, own in groups(arms, trials.series)}
+    keys = [key for key, _ in groups(ordered, trials.series)]
+    return [(name_of(records(found[key])[0]), found[key]) for key in keys]
 
 
-def name_of(arm: pd.Series) -> str:
+def name_of(arm: Mapping[str, Any]) -> str:
     """What a line is called: `lora, rank 8`, as far as these vary."""
     rank, delta = arm.get(RANK), arm.get(DELTA)
-    told = [plain(delta)] if delta is not None else []
-    told += [f"rank {plain(rank)}"] if rank is not None and not pd.isna(rank) else []
+    told = [] if is_missing(delta) else [plain(delta)]
+    told += [] if is_missing(rank) else [f"rank {plain(rank)}"]
     return ", ".join(told)
 
 
-def styled(
-    groups: Sequence[tuple[str, pd.DataFrame]],
-) -> Iterator[tuple[tuple[float, ...], str, tuple[str, pd.DataFrame]]]:
-    """Each group with its colour and marker."""
-    for number, (color, group) in enumerate(
-        zip(colors(len(groups)), groups, strict=True)
-    ):
-        yield color, _MARKERS[number % len(_MARKERS)], group
-
-
-def colors(count: int) -> list[tuple[float, ...]]:
+def colors(count: int) -> list[Color]:
     """Steps of viridis without its pale end, which vanishes on white."""
     places = np.linspace(0.15, 0.85, count) if count > 1 else [0.3]
     return [tuple(mpl.colormaps["viridis"](place)) for place in places]
@@ -202,12 +221,12 @@ def colors(count: int) -> list[tuple[float, ...]]:
 def panels(count: int) -> tuple[Figure, list[Axes]]:
     """Panels side by side, three in a row, with one value axis for all."""
     columns = min(count, 3)
-    rows = math.ceil(count / columns)
-    figure = Figure((1.6 + 2.9 * columns, 0.4 + 3.0 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    for spare in panels[count:]:
+    height = math.ceil(count / columns)
+    figure = Figure((1.6 + 2.9 * columns, 0.4 + 3.0 * height), layout="constrained")
+    parts = figure.subplots(height, columns, sharey=True, squeeze=False).ravel()
+    for spare in parts[count:]:
         spare.remove()
-    return figure, list(panels[:count])
+    return figure, list(parts[:count])
 
 
 def log_axis(axes: Axes, values: list[float], label: str, base: int = 10) -> None:
@@ -221,7 +240,9 @@ def log_axis(axes: Axes, values: list[float], label: str, base: int = 10) -> Non
     axes.set_xlabel(label)
 
 
-def amount_axis(axes: Axes, amounts: pd.Series, label: str, unit: str) -> None:
+def amount_axis(
+    axes: Axes, amounts: Float64[np.ndarray, " arms"], label: str, unit: str
+) -> None:
     """An axis of large or small amounts, as 42 ms; logarithmic if they span much."""
     if amounts.min() > 0 and amounts.max() / amounts.min() > 3:
         axes.set_xscale("log")
@@ -242,11 +263,14 @@ def _ticks(axes: Axes, values: list[float]) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, parts: Sequence[Axes]) -> None:
     """The names of the lines, beside the axes; none if there is one line only."""
-    handles, names = axes.get_legend_handles_labels()
-    if any(names):
-        figure.legend(handles, names, loc="outside right upper")
+    named = {}
+    for axes in parts:
+        handles, names = axes.get_legend_handles_labels()
+        named |= dict(zip(names, handles, strict=True))
+    if any(named):
+        figure.legend(named.values(), named.keys(), loc="outside right upper")
 
 
 def rest(trials: Trials, keep: Sequence[str]) -> str:

@@ -6,23 +6,28 @@ says why instead.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowrank.report.arms import finished, members
+from lowrank.report.arms import finished, groups, members, numbers, records, rows
 from lowrank.report.drawing import (
     DELTA,
+    MARKERS,
     RANK,
     RATE,
     STYLE,
+    Color,
     Drawing,
     Trials,
     absent,
     amount_axis,
+    colors,
     legend,
     lines,
     log_axis,
@@ -30,7 +35,6 @@ from lowrank.report.drawing import (
     panels,
     rest,
     series_of,
-    styled,
 )
 
 #: Settings that regularise, beside the whole group `penalty`.
@@ -43,7 +47,7 @@ REGULARIZERS = (
 #: Costs to set quality against: column, axis label, unit, whether a pack shares it.
 COSTS = (
     ("costs.trained_parameters", "trained parameters", "", False),
-    ("costs.step_flops", "work of a step, per trial", "FLOP", True),
+    ("costs.step_flops", "FLOPs of a step, per trial", "", True),
     ("costs.step_median_seconds", "time of a step, per trial", "s", True),
 )
 
@@ -65,7 +69,7 @@ def rate_curves(trials: Trials) -> Drawing:
         lines(axes, trials, trials.chosen(keep, trials.series), RATE)
         log_axis(axes, trials.values(RATE), "learning rate (optim.lr)")
         axes.set_ylabel(trials.label)
-        legend(figure, axes)
+        legend(figure, [axes])
     note = f"Line: mean over seeds; dots: seeds; band: their range.{rest(trials, keep)}"
     return Drawing("rate_curves", title, note, figure)
 
@@ -76,23 +80,27 @@ def heat_map(trials: Trials) -> Drawing:
     for name in (RANK, RATE):
         if len(trials.values(name)) < 2:
             return absent("heat_map", title, name)
-    best = trials.chosen([RANK, RATE]).dropna(subset=[RANK, RATE])
+    best = {(arm[RANK], arm[RATE]): arm for arm in records(trials.chosen([RANK, RATE]))}
     ranks, rates = trials.values(RANK), trials.values(RATE)
-    table = best.pivot_table(index=RANK, columns=RATE, values="mean")
-    values = trials.scale * table.reindex(index=ranks, columns=rates).to_numpy(float)
+    cell = lambda *pair: best[pair]["mean"] if pair in best else math.nan
+    values = trials.scale * np.array([[cell(k, lr) for lr in rates] for k in ranks])
     winner = np.nanargmax(values if trials.higher_is_better else -values)
     digits = 1 if trials.scale == 100 else 3
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(
             (1.8 + 0.85 * len(rates), 1.5 + 0.5 * len(ranks)), layout="constrained"
         )
         axes = figure.add_subplot()
-        image = axes.imshow(values, cmap="cividis", aspect="auto", origin="lower")
+        # The better, the brighter.
+        cmap = "cividis" if trials.higher_is_better else "cividis_r"
+        image = axes.imshow(values, cmap=cmap, aspect="auto", origin="lower")
+        place: Any = image.norm
+        brightness = lambda v: place(v) if trials.higher_is_better else 1 - place(v)
         for (row, column), value in np.ndenumerate(values):
             text = "\N{EN DASH}" if np.isnan(value) else f"{value:.{digits}f}"
             won = row * len(rates) + column == winner
             # White on the darker half of the map.
-            dark = not np.isnan(value) and image.norm(value) < 0.55
+            dark = not np.isnan(value) and brightness(value) < 0.55
             axes.text(
                 column, row, text, ha="center", va="center",
                 color="white" if dark else "black", weight="bold" if won else None,
@@ -103,13 +111,13 @@ def heat_map(trials: Trials) -> Drawing:
         axes.set_ylabel("rank (delta.rank)")
         figure.colorbar(image, label=trials.label)
     note = f"Mean over seeds, the best in bold.{rest(trials, [RANK, RATE])}"
-    short = best[best["num_done"] < best["num_trials"]]
-    if len(short):
-        cells = [
-            f"rank {a[RANK]:g} at {a[RATE]:g}: {a['num_done']} of {a['num_trials']}"
-            for _, a in short.iterrows()
-        ]
-        note += f" Of some cells not all seeds are done ({'; '.join(cells)})."
+    short = [
+        f"rank {a[RANK]:g} at {a[RATE]:g}: {a['num_done']} of {a['num_trials']}"
+        for a in best.values()
+        if a["num_done"] < a["num_trials"]
+    ]
+    if short:
+        note += f" Of some cells not all seeds are done ({'; '.join(short)})."
     return Drawing("heat_map", title, note, figure)
 
 
@@ -122,19 +130,21 @@ def best_by_rank(trials: Trials) -> Drawing:
     with mpl.rc_context(STYLE):
         figure = Figure((6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        ranked = best[best[RANK].notna()]
-        kinds = ranked.groupby(DELTA) if DELTA in trials.varied else [("", ranked)]
-        for color, marker, (name, own) in styled([*kinds]):
-            _ranks_line(axes, trials, own, color, marker, name)
-        for (_, arm), dash in zip(
-            best[best[RANK].isna()].iterrows(), ("--", ":", "-."), strict=False
+        has_rank = np.isfinite(numbers(best, RANK))
+        kinds = groups(rows(best, has_rank), [DELTA] if DELTA in trials.varied else [])
+        for number, (color, (kind, own)) in enumerate(
+            zip(colors(len(kinds)), kinds, strict=True)
         ):
+            _ranks_line(axes, trials, own, color, MARKERS[number % len(MARKERS)], *kind)
+        others = records(rows(best, ~has_rank))
+        for number, arm in enumerate(others):
             axes.axhline(
-                trials.scale * arm["mean"], ls=dash, color="0.4", label=name_of(arm)
-            )
+                trials.scale * arm["mean"], ls=("--", ":", "-.")[number % 3],
+                color="0.4", label=name_of(arm),
+            )  # fmt: skip
         log_axis(axes, trials.values(RANK), "rank (delta.rank)", base=2)
         axes.set_ylabel(trials.label)
-        legend(figure, axes)
+        legend(figure, [axes])
     note = (
         "Points: mean over seeds and its 95 % interval (t), where there are two seeds "
         f"or more; grey: seeds.{rest(trials, trials.series)} The choice was made on "
@@ -161,13 +171,12 @@ def regularization_curves(trials: Trials) -> Drawing:
         for axes, name in zip(parts, names, strict=True):
             best = trials.chosen([*trials.series, name], trials.series)
             # One point is no curve.
-            count = best.groupby(trials.series or (lambda _: 0), dropna=False)[name]
-            best = best[count.transform("nunique") > 1]
-            lines(axes, trials, best, name)
+            curves = [own for _, own in groups(best, trials.series) if len(own) > 1]
+            lines(axes, trials, pd.concat(curves) if curves else best.head(0), name)
             log_axis(axes, trials.values(name), name)
             axes.set_ylabel(trials.label)
             axes.label_outer(remove_inner_ticks=False)
-        legend(figure, parts[0])
+        legend(figure, parts)
     note = (
         "Line: mean over seeds; dots: seeds; band: their range. Each line takes the "
         "best of the other settings among those tried with all its values."
@@ -189,22 +198,21 @@ def cost_quality(trials: Trials) -> Drawing:
         return Drawing("cost_quality", title, note)
     with mpl.rc_context(STYLE):
         figure, parts = panels(len(costs))
-        groups = series_of(trials, trials.arms)
+        means = trials.scale * numbers(trials.arms, "mean")
         for axes, (label, unit, found) in zip(parts, costs, strict=True):
-            for color, marker, (name, own) in styled(groups):
+            for name, own in series_of(trials, trials.arms):
+                color, marker = trials.looks[name]
+                place = [int(place) for place in own.index]
                 axes.plot(
-                    found[own.index], trials.scale * own["mean"], marker, color=color,
-                    alpha=0.75, label=name,
+                    found[place], means[place], marker, color=color, alpha=0.75,
+                    label=name,
                 )  # fmt: skip
-            front = _front(found, trials.arms["mean"], trials.higher_is_better)
-            axes.plot(
-                found[front], trials.scale * trials.arms["mean"][front],
-                color="0.5", lw=1, zorder=1,
-            )  # fmt: skip
+            front = _front(found, means if trials.higher_is_better else -means)
+            axes.plot(found[front], means[front], color="0.5", lw=1, zorder=1)
             amount_axis(axes, found, label, unit)
             axes.set_ylabel(trials.label)
             axes.label_outer(remove_inner_ticks=False)
-        legend(figure, parts[0])
+        legend(figure, parts)
     note = (
         "One point per arm, mean over seeds; the grey line joins those that no cheaper "
         "arm equals. What a pack measured is divided by its trials."
@@ -226,48 +234,51 @@ def _ranks_line(
     axes: Axes,
     trials: Trials,
     arms: pd.DataFrame,
-    color: tuple[float, ...],
+    color: Color,
     marker: str,
-    name: str,
+    name: str = "",
 ) -> None:
     """Means with intervals over ranks, seeds beside them, and the rates chosen."""
-    means = trials.scale * arms["mean"]
-    reach = trials.scale * (arms["high"] - arms["mean"]).fillna(0)
+    ranks, means = numbers(arms, RANK), trials.scale * numbers(arms, "mean")
+    reach = np.nan_to_num(trials.scale * numbers(arms, "high") - means)
     axes.errorbar(
-        arms[RANK], means, reach, fmt=f"{marker}-", color=color, capsize=3, label=name
+        ranks, means, reach, fmt=f"{marker}-", color=color, capsize=3, label=name
     )
-    for place, (_, arm) in zip(means.index, arms.iterrows(), strict=True):
+    for rank, mean, arm in zip(ranks, means, records(arms), strict=True):
         seeds = trials.seeds(arm)
         # Beside the interval, which would hide them.
-        axes.plot([arm[RANK] / 1.04] * len(seeds), seeds, ".", color="0.5")
+        axes.plot([rank / 1.04] * len(seeds), seeds, ".", color="0.5")
         if RATE in trials.varied:
             axes.annotate(
-                f"lr {arm[RATE]:g}", (arm[RANK], means[place]), (6, -11),
+                f"lr {arm[RATE]:g}", (rank, mean), (6, -11),
                 textcoords="offset points", fontsize=7.5, color="0.3",
             )  # fmt: skip
 
 
-def _cost(trials: Trials, column: str, shared: bool) -> pd.Series | None:
+def _cost(
+    trials: Trials, column: str, shared: bool
+) -> Float64[np.ndarray, " arms"] | None:
     """The mean cost of every arm; None where a trial that is done did not tell it."""
-    if column not in trials.frame:
+    if column not in trials.frame or not len(trials.arms):
         return None
     found = []
-    for _, arm in trials.arms.iterrows():
+    for arm in records(trials.arms):
         own = finished(members(trials.frame, arm, trials.varied), trials.metric)
-        values = own[column].to_numpy(float)
+        values = numbers(own, column)
         if shared:
-            values = values / own["costs.num_trials"].to_numpy(float)
+            values = values / numbers(own, "costs.num_trials")
         found.append(values.mean())
-    series = pd.Series(found, trials.arms.index)
-    return None if series.isna().any() or series.empty else series
+    costs = np.array(found)
+    return None if np.isnan(costs).any() else costs
 
 
-def _front(costs: pd.Series, means: pd.Series, higher_is_better: bool) -> list[int]:
+def _front(
+    costs: Float64[np.ndarray, " arms"], values: Float64[np.ndarray, " arms"]
+) -> list[int]:
     """The arms that no arm of equal or less cost equals, the cheapest first."""
     front, best = [], -math.inf
-    value = means if higher_is_better else -means
-    for place in np.lexsort((-value.to_numpy(), costs.to_numpy())):
-        if value.iloc[place] > best:
-            best = value.iloc[place]
-            front.append(costs.index[place])
+    for place in np.lexsort((-values, costs)).tolist():
+        if values[place] > best:
+            best = values[place]
+            front.append(place)
     return front

@@ -17,7 +17,7 @@ from lowrank.core.errors import BadInput, UnknownName, nearest
 from lowrank.io.files import now
 from lowrank.io.seals import read_sealed, write_sealed
 from lowrank.io.view import load_record
-from lowrank.report.arms import finished, members
+from lowrank.report.arms import finished, members, numbers, records, rows
 from lowrank.run.judge import judge
 from lowrank.run.stored import load_run
 
@@ -38,14 +38,14 @@ def best_arms(
     Raises:
       BadInput: There are not `k` arms with a finished trial.
     """
-    usable = arms[arms["num_done"] > 0]
+    usable = rows(arms, numbers(arms, "num_done") > 0)
     if not 1 <= k <= len(usable):
         raise BadInput(
             f"{len(usable)} arms of the sweep have a finished trial with a value, so "
             f"{k} of them cannot be finalists; ask for 1 to {len(usable)}"
         )
     parts = []
-    for place, (_, arm) in enumerate(usable.head(k).iterrows(), start=1):
+    for place, arm in enumerate(records(usable.head(k)), start=1):
         own = finished(members(trials, arm, varied), metric).copy()
         own.insert(0, "place", place)
         own.insert(1, "arm", arm["arm"])
@@ -85,7 +85,7 @@ def unseal(
     own = _rows(trials, chosen)
     _store(directory / FINALISTS, chosen)
     rows = []
-    for _, trial in own.iterrows():
+    for trial in records(own):
         found = _stored(directory / trial["directory"])
         found = found or (score or judge_test)(directory / trial["directory"])
         row = {"trial": trial["trial"], "seed": trial["seed"]}
@@ -120,8 +120,8 @@ def _rows(trials: pd.DataFrame, chosen: Sequence[str]) -> pd.DataFrame:
                 f"no trial of the sweep is called {name!r}. Nearest: "
                 f"{nearest(name, known)}."
             )
-    own = trials[trials["trial"].isin(chosen)].drop_duplicates("trial")
-    for _, trial in own.iterrows():
+    own = rows(trials, trials["trial"].isin(chosen)).drop_duplicates("trial")
+    for trial in records(own):
         if trial["status"] != "done":
             raise BadInput(
                 f"trial {trial['trial']} is {trial['status']}, and only a trial that "

@@ -107,14 +107,15 @@ class Sweep:
         Raises:
           BadInput: The trials disagree, so that one has to be named.
         """
-        chosen = self.trials.get("loop.select", pd.Series(dtype=object)).dropna()
-        if chosen.nunique() != 1:
+        told = {config.get("loop.select") for config in self._configs.values()}
+        chosen = sorted(str(name) for name in told if name is not None)
+        if len(chosen) != 1:
             raise BadInput(
                 f"the trials of {self.directory} kept their best states by "
-                f"{', '.join(map(str, chosen.unique())) or 'no number'}: say which "
-                f"one to rank by. There are {', '.join(self.metrics) or 'none'}."
+                f"{' and '.join(chosen) or 'no number'}: say which one to rank by. "
+                f"There are {', '.join(self.metrics) or 'none'}."
             )
-        return str(chosen.iloc[0])
+        return chosen[0]
 
     def arms(self, by: str | None = None, level: float = LEVEL) -> pd.DataFrame:
         """One row per arm (trials that differ in their seed only), the best first.
@@ -179,7 +180,9 @@ class Sweep:
             return pd.DataFrame(columns=columns)
         long = pd.concat(parts, ignore_index=True)
         keys = self.trials[["directory", "trial", "seed", *self.varied]]
-        return long.merge(keys, on="directory", validate="many_to_one")[columns]
+        return long.merge(keys, on="directory", validate="many_to_one").reindex(
+            columns=columns
+        )
 
     def _row(self, name: str, view: RecordView | Corrupt) -> dict[str, Any]:
         row: dict[str, Any] = {"trial": Path(name).name, "directory": name}
@@ -361,4 +364,4 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
         if name in _FIRST
         else (6 if name == "directory" else rank.get(name.partition(".")[0], 3), 0)
     )
-    return frame[sorted(map(str, frame.columns), key=place)]
+    return frame.reindex(columns=sorted(map(str, frame.columns), key=place))

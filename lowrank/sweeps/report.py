@@ -1,6 +1,7 @@
 """The report of a sweep: report.md with its figures, from nothing but the records."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ from lowrank.core.spec import fields_of, refuse_targets, spec
 from lowrank.evaluate.compare import Comparison, compare_arms
 from lowrank.evaluate.stats import LEVEL
 from lowrank.io.files import write_atomically
-from lowrank.report.arms import by_seed, members, plain
+from lowrank.report.arms import (
+    by_seed,
+    groups,
+    is_missing,
+    members,
+    numbers,
+    plain,
+    records,
+    rows,
+)
 from lowrank.report.drawing import Drawing, Trials
 from lowrank.report.figures import draw_all
 from lowrank.run.settings import check_groups
@@ -150,7 +160,7 @@ def compare(
     table = sweep.arms(by)
     arms = {
         arm["arm"]: by_seed(members(sweep.trials, arm, sweep.varied), f"best.{by}")
-        for _, arm in table[table["num_done"] > 0].iterrows()
+        for arm in records(rows(table, numbers(table, "num_done") > 0))
     }
     if not arms:
         return []
@@ -165,7 +175,7 @@ def compare(
 
 def comparison_frame(found: Sequence[Comparison]) -> pd.DataFrame:
     """Comparisons as a frame, one row per arm."""
-    rows = [
+    cells = [
         {
             "arm": one.arm,
             "baseline": one.baseline,
@@ -182,7 +192,7 @@ def comparison_frame(found: Sequence[Comparison]) -> pd.DataFrame:
         }
         for one in found
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(cells)
 
 
 def head(sweep: Sweep, by: str) -> str:
@@ -198,12 +208,13 @@ def head(sweep: Sweep, by: str) -> str:
     ]
     for name, words in (("base.name", "Base"), ("data.name", "Data")):
         if name in trials:
-            lines.append(f"- {words}: {_values(trials[name])}")
+            lines.append(f"- {words}: {_values(trials, name)}")
     for name in sweep.varied:
-        lines.append(f"- `{name}`: {_values(trials[name])}")
-    lines.append(f"- `seed`: {_values(trials['seed'])}")
+        lines.append(f"- `{name}`: {_values(trials, name)}")
+    lines.append(f"- `seed`: {_values(trials, 'seed')}")
     for name in ("code", "base", "data"):
-        count = trials.get(f"identity.{name}", pd.Series(dtype=object)).nunique()
+        marks = {one.get(f"identity.{name}") for one in records(trials)}
+        count = len([mark for mark in marks if not is_missing(mark)])
         if count > 1 and not any(v.startswith(f"{name}.") for v in sweep.varied):
             lines.append(
                 f"- **{count} fingerprints of {name}**, where one was to be expected: "
@@ -216,22 +227,24 @@ def arms_section(sweep: Sweep, by: str, level: float = LEVEL) -> str:
     """The arms, ranked, with their intervals over seeds."""
     arms = sweep.arms(by, level)
     columns = [*(f"`{name}`" for name in sweep.varied), "done", by, f"{level:.0%}"]
-    rows = []
-    for _, arm in arms.head(MOST).iterrows():
+    cells = []
+    for arm in records(arms.head(MOST)):
         ends = (arm["low"], arm["high"])
-        rows.append(
+        cells.append(
             [
                 *(plain(arm[name]) for name in sweep.varied),
                 f"{arm['num_done']} of {arm['num_trials']}",
                 _figures(arm["mean"]),
-                "-" if pd.isna(ends[0]) else f"[{', '.join(map(_figures, ends))}]",
+                "-" if math.isnan(ends[0]) else f"[{', '.join(map(_figures, ends))}]",
             ]
         )
     note = (
         "Mean over seeds with its t interval. An arm of which fewer trials are done "
         "comes after those with more."
     )
-    return "\n".join(["## Arms", "", note, "", *_table(columns, rows, len(arms), ARMS)])
+    return "\n".join(
+        ["## Arms", "", note, "", *_table(columns, cells, len(arms), ARMS)]
+    )
 
 
 def differences_section(
@@ -263,7 +276,7 @@ def differences_section(
     )
     columns = ["arm", "seeds", "difference", f"{level:.0%}", "p", "exact p (least)"]
     columns += ["equivalence p"] * (margin is not None) + ["verdict"]
-    rows = []
+    cells = []
     for one in found[:MOST]:
         d = one.difference
         row = [
@@ -278,8 +291,8 @@ def differences_section(
         ]
         if margin is not None:
             row.append(_p(one.adjusted_equivalence_p))
-        rows.append([*row, one.verdict])
-    return "\n".join([*lines, "", *_table(columns, rows, len(found), DIFFERENCES)])
+        cells.append([*row, one.verdict])
+    return "\n".join([*lines, "", *_table(columns, cells, len(found), DIFFERENCES)])
 
 
 def _figure(drawing: Drawing) -> str:
@@ -290,13 +303,14 @@ def _figure(drawing: Drawing) -> str:
 
 
 def _unfinished(trials: pd.DataFrame) -> str:
-    rest = trials[trials["status"] != "done"]
-    if not len(rest):
-        return ""
-    rows = [
-        [f"`{t['trial']}`", t["status"], _cell(t["reason"])] for _, t in rest.iterrows()
+    cells = [
+        [f"`{one['trial']}`", one["status"], _cell(one["reason"])]
+        for one in records(trials)
+        if one["status"] != "done"
     ]
-    table = _table(["trial", "status", "reason"], rows, len(rows), "")
+    if not cells:
+        return ""
+    table = _table(["trial", "status", "reason"], cells, len(cells), "")
     return "\n".join(["## Not done", "", *table])
 
 
@@ -316,15 +330,15 @@ def _table(
     return [*lines, "", f"{left} more are in {file}."] if left else lines
 
 
-def _values(column: pd.Series) -> str:
-    values = column.dropna().unique()
-    numbers = pd.to_numeric(pd.Series(values), errors="coerce")
-    ordered = sorted(values) if not numbers.isna().any() else values
-    return ", ".join(map(plain, ordered)) or "none"
+def _values(trials: pd.DataFrame, name: str) -> str:
+    values = [key for (key,), _ in groups(trials, [name]) if key is not None]
+    if not any(isinstance(value, str) for value in values):
+        values = sorted(values)
+    return ", ".join(map(plain, values)) or "none"
 
 
 def _figures(value: float | None, sign: str = "") -> str:
-    return "-" if value is None or pd.isna(value) else f"{value:{sign}.4f}"
+    return "-" if value is None or math.isnan(value) else f"{value:{sign}.4f}"
 
 
 def _p(value: float | None) -> str:
@@ -333,5 +347,5 @@ def _p(value: float | None) -> str:
 
 def _cell(value: object) -> str:
     """Text that cannot end a cell of a table."""
-    text = "" if value is None or pd.isna(value) else str(value)
+    text = "" if is_missing(value) else str(value)
     return " ".join(text.split()).replace("|", "\\|")

@@ -1,6 +1,7 @@
 """The results of a sweep: as files for other programs, as a table for a terminal."""
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowrank.io.files import write_atomically
-from lowrank.report.arms import arm_labels, plain
+from lowrank.report.arms import arm_labels, is_missing, plain, records
 from lowrank.sweeps.load import LOWER_IS_BETTER, Sweep
 from lowrank.track.trackers import Track, summarize
 
@@ -89,13 +90,13 @@ def show_results(
         console.print(_arms_table(arms.head(most), sweep.varied, by))
         if len(arms) > most:
             console.print(f"and {len(arms) - most} arms that came after these")
-    unfinished = sweep.trials[sweep.trials["status"] != "done"]
-    if len(unfinished):
+    unfinished = [one for one in records(sweep.trials) if one["status"] != "done"]
+    if unfinished:
         table = Table(title="Not done")
         for name in ("trial", "status", "reason"):
             table.add_column(name)
-        for _, trial in unfinished.iterrows():
-            reason = "" if pd.isna(trial["reason"]) else str(trial["reason"])
+        for trial in unfinished:
+            reason = "" if is_missing(trial["reason"]) else str(trial["reason"])
             table.add_row(*map(escape, (trial["trial"], trial["status"], reason)))
         console.print(table)
 
@@ -127,9 +128,11 @@ def _arms_table(arms: pd.DataFrame, varied: Sequence[str], by: str) -> Table:
         table.add_column(escape(name), justify="right")
     table.add_column("done", justify="right")
     table.add_column(escape(by), justify="right", no_wrap=True)
-    for place, (_, arm) in enumerate(arms.iterrows(), start=1):
-        mean = "-" if pd.isna(arm["mean"]) else f"{arm['mean']:.4f}"
-        ends = "" if pd.isna(arm["low"]) else f" [{arm['low']:.4f}, {arm['high']:.4f}]"
+    for place, arm in enumerate(records(arms), start=1):
+        mean = "-" if math.isnan(arm["mean"]) else f"{arm['mean']:.4f}"
+        ends = (
+            "" if math.isnan(arm["low"]) else f" [{arm['low']:.4f}, {arm['high']:.4f}]"
+        )
         table.add_row(
             str(place),
             *(escape(plain(arm[name])) for name in varied),

@@ -131,9 +131,11 @@ class WandbTracker:
             with self._harmless():
                 import wandb
 
-                columns = [redact_text(str(column)) for column in frame.columns]
+                columns: list[Any] = [redact_text(str(name)) for name in frame]
                 rows = frame.astype(object).where(frame.notna(), None)
-                cells = [list(map(_cell, row)) for row in rows.itertuples(index=False)]
+                cells: list[Any] = [
+                    list(map(_cell, row)) for row in rows.itertuples(index=False)
+                ]
                 # One type per column would refuse one that has numbers and text.
                 table = wandb.Table(columns, cells, allow_mixed_types=True)
                 self._run.log({name: table})

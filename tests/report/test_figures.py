@@ -162,5 +162,5 @@ def test_trials_without_any_done_give_reasons_and_no_crash():
 
 def test_an_arm_with_one_seed_twice_is_refused():
     found = pd.concat([frame(), frame().head(1)])
-    with pytest.raises(BadInput, match=r"one arm and one seed.*2-0.0001-0.0-0"):
+    with pytest.raises(BadInput, match=r"one arm and have seed 0: 2-0.0001-0.0-0"):
         arm_table(found, VARIED, "best.accuracy")
