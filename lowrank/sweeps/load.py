@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from lowrank.core.errors import BadInput, Corrupt
 from lowrank.evaluate.metrics import STANDARD
@@ -35,7 +36,11 @@ PLAN = "sweep.json"
 LOWER_IS_BETTER = frozenset(m.name for m in STANDARD if not m.higher_is_better)
 _FIRST = ("trial", "status", "reason", "best_step", "steps")
 _VALIDATION = "validation/"
-_OURS = (STATUS, CONFIG, METRICS, RESULT, ".hydra")
+_OURS = (STATUS, CONFIG, METRICS, RESULT)
+#: The settings, written before a trial has a record.
+_MEANT = Path(".hydra", "config.yaml")
+#: What is known of a trial: its record, why it has none, or what it is meant to be.
+_View = RecordView | Corrupt | Mapping[str, Any]
 #: Folders in which no trial is looked for, and records that a forced run moved aside.
 _OTHERS = frozenset({"packs", "wandb", "tensorboard", "checkpoints", "figures"})
 _ASIDE = re.compile(r"\.old-\d+$")
@@ -58,10 +63,11 @@ class Sweep:
 
         - "stopped": it says running, and its process is gone;
         - "damaged": a file of it cannot be trusted, and reason says which;
-        - "planned": sweep.json names it, and it has no directory yet.
+        - "planned": it has no record yet, only its settings in `.hydra`, or its name in
+          sweep.json.
     """
 
-    def __init__(self, directory: Path, views: Mapping[str, RecordView | Corrupt]):
+    def __init__(self, directory: Path, views: Mapping[str, _View]):
         """For `load_sweep` only."""
         self.directory = directory
         self.plan = _read_plan(directory / PLAN)
@@ -184,10 +190,13 @@ class Sweep:
             columns=columns
         )
 
-    def _row(self, name: str, view: RecordView | Corrupt) -> dict[str, Any]:
+    def _row(self, name: str, view: _View) -> dict[str, Any]:
         row: dict[str, Any] = {"trial": Path(name).name, "directory": name}
         if isinstance(view, Corrupt):
             return row | {"status": "damaged", "reason": str(view)}
+        if isinstance(view, Mapping):
+            row |= {"status": "planned", "reason": None}
+            return row | self._configs.setdefault(name, flatten(view))
         status = view.status
         row["trial"] = status["identity"].get("config", row["trial"])
         row |= {"status": status["status"], "reason": status.get("reason")}
@@ -291,15 +300,20 @@ def _trial_folders(path: Path) -> Iterator[Path]:
             continue
         if _ASIDE.search(folder.name):
             _log.info("left out %s, which a forced run has moved aside", folder)
-        elif any(os.path.lexists(folder / name) for name in _OURS):
+        elif any(os.path.lexists(folder / name) for name in (*_OURS, _MEANT)):
             yield folder
         elif not folder.is_symlink():
             yield from _trial_folders(folder)
 
 
-def _view(folder: Path) -> RecordView | Corrupt:
+def _view(folder: Path) -> _View:
     try:
+        if not any(os.path.lexists(folder / name) for name in _OURS):
+            meant = yaml.safe_load((folder / _MEANT).read_bytes())
+            return meant if isinstance(meant, Mapping) else {}
         return load_record(folder)
+    except (OSError, yaml.YAMLError) as error:
+        return Corrupt(f"{folder / _MEANT} cannot be read: {error}")
     except Corrupt as error:
         return error
 

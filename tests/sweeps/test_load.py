@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from experiments.example_sweep import Grid, accuracies, make_config, write_example
 from lowrank.core.errors import BadInput, UnknownName
@@ -113,11 +114,15 @@ def test_trials_in_every_state_keep_their_row(directory):
         status = read_sealed(directory / name / "status.json") | {"pid": pid}
         status |= {"status": "running"}
         write_sealed(directory / name / "status.json", status)
+    (directory / "meant" / ".hydra").mkdir(parents=True)
+    meant = yaml.safe_dump(make_config(32, 1e-3, 0.0, 0))
+    (directory / "meant" / ".hydra" / "config.yaml").write_text(meant)
     plan = {"trials": [{"trial": "later"}, {"trial": done[3]}]}
     (directory / "sweep.json").write_text(json.dumps(plan))
     sweep = load_sweep(directory)
     rows = sweep.trials.set_index("trial")
-    assert len(rows) == len(done) + 4
+    assert len(rows) == len(done) + 5
+    assert rows.loc["meant", ["status", "delta.rank"]].tolist() == ["planned", 32]
     assert rows.loc["going", "status"] == "running"
     assert rows.loc["killed", "status"] == "stopped"
     assert rows.loc["asked", "status"] == "preempted"
