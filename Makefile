@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 NEWEST ?= python3.13
 
-.PHONY: demo test test-full test-faults docs-faults test-newest parity foreign docs-models lint bench clean
+.PHONY: demo test test-full test-faults docs-faults test-newest parity foreign docs-models notebooks lint bench clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,10 @@ $(VENV)/.made: pyproject.toml
 
 $(VENV)/.parity: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	touch $@
+
+$(VENV)/.notebooks: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
 	touch $@
 
 $(VENV)/.foreign: $(VENV)/.made tests/foreign/requirements.txt
@@ -53,6 +57,10 @@ foreign: $(VENV)/.foreign
 # The table in docs/models.md, from the same suite.
 docs-models: $(VENV)/.foreign
 	$(BIN)/python -m pytest -q -m foreign tests/foreign --write-model-table docs/models.md
+
+# Every notebook, cell by cell, on a made-up sweep; what they show is in build/notebooks.
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python notebooks/execute.py
 
 lint: $(VENV)/.made
 	$(BIN)/ruff format --check .

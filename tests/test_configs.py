@@ -16,6 +16,7 @@ from lowrank.run.door import CONF, resolve
 from lowrank.run.settings import BaseSpec, Evaluation, RunSpec, read
 from lowrank.run.survey import Survey
 from lowrank.sharding import MeshSpec
+from lowrank.sweeps.report import ReportSpec
 from lowrank.track import Track
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import LoopSpec
@@ -104,6 +105,13 @@ def test_the_file_of_evaluate_shows_every_field():
     assert composed("evaluate", "run.directory=x")["split"] == "test"
 
 
+def test_the_file_of_reports_shows_every_field():
+    config = composed("report", "directory=x")
+    assert {*config} == {"track", *fields_of(ReportSpec)}
+    given = {name: config[name] for name in fields_of(ReportSpec)}
+    assert ReportSpec(**given) == ReportSpec(directory="x")
+
+
 def test_the_file_of_sites_shows_every_field():
     config = composed("sites")
     assert {*config} == {"base", "plugins", *fields_of(Survey)}
@@ -138,5 +146,5 @@ def test_defaults_in_files_are_the_defaults_in_code():
 
 
 def test_doors_name_files_that_are_there():
-    for door in ("train", "evaluate", "demo", "sites"):
+    for door in ("train", "evaluate", "demo", "sites", "report"):
         assert callable(importlib.import_module(f"experiments.{door}").main)

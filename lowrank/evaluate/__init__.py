@@ -1,5 +1,8 @@
 """Judging a finished system: scores, their intervals, and the frozen probe."""
 
+from lowrank.evaluate.compare import Comparison as Comparison
+from lowrank.evaluate.compare import compare_arms as compare_arms
+from lowrank.evaluate.compare import holm as holm
 from lowrank.evaluate.metrics import STANDARD as STANDARD
 from lowrank.evaluate.metrics import Metric as Metric
 from lowrank.evaluate.metrics import Rows as Rows

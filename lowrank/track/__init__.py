@@ -7,3 +7,4 @@ from lowrank.track.trackers import Track as Track
 from lowrank.track.trackers import Tracker as Tracker
 from lowrank.track.trackers import Trackers as Trackers
 from lowrank.track.trackers import build_trackers as build_trackers
+from lowrank.track.trackers import summarize as summarize

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+import numpy as np
+import pandas as pd
+
 from lowrank.core.errors import BadInput
 from lowrank.core.secrets import redact, redact_text
 from lowrank.track.jsonl import RESERVED, Values, decode_number
@@ -45,6 +48,7 @@ class WandbTracker:
         config: Mapping[str, Any],
         directory: str | os.PathLike[str],
         group: str | None = None,
+        job_type: str = "train",
     ):
         """Starts the run.
 
@@ -58,6 +62,7 @@ class WandbTracker:
           config: The resolved config.
           directory: Where W&B may write.
           group: The sweep that the run belongs to.
+          job_type: What it does there: train, or summary of the group.
         """
         self._run: Any = None
         self.mode: Resolved = "disabled" if mode == "auto" else mode
@@ -77,6 +82,7 @@ class WandbTracker:
             self._run = wandb.init(
                 project=redact_text(project),
                 group=None if group is None else redact_text(group),
+                job_type=job_type,
                 name=redact_text(name),
                 id=run_id,
                 config=_dotless(redact(config)),
@@ -118,6 +124,21 @@ class WandbTracker:
         if self._run is not None:
             with self._harmless():
                 self._run.summary.update(_floats(values))
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """Sends a frame as a table; its texts are redacted, its gaps stay gaps."""
+        if self._run is not None:
+            with self._harmless():
+                import wandb
+
+                columns: list[Any] = [redact_text(str(name)) for name in frame]
+                rows = frame.astype(object).where(frame.notna(), None)
+                cells: list[Any] = [
+                    list(map(_cell, row)) for row in rows.itertuples(index=False)
+                ]
+                # One type per column would refuse one that has numbers and text.
+                table = wandb.Table(columns, cells, allow_mixed_types=True)
+                self._run.log({name: table})
 
     def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Logs lines of a `JsonlTracker` again: W&B cannot resume an offline run."""
@@ -199,6 +220,13 @@ def wandb_id(text: str) -> str:
 
 def _floats(values: Values) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
+
+
+def _cell(value: Any) -> Any:
+    """A cell of a table as JSON has it."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return redact_text(value) if isinstance(value, str) else value
 
 
 def _dotless(config: Any) -> Any:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import pandas as pd
+
 from lowrank.core.errors import BadInput, CannotWrite
 from lowrank.core.secrets import redact_text
 from lowrank.core.spec import spec
@@ -134,3 +136,39 @@ def build_trackers(
                 wandb_tracker.replay(json.loads(line) for line in file)
         trackers.append(wandb_tracker)
     return Trackers(trackers)
+
+
+def summarize(
+    track: Track,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    name: str,
+    directory: str | os.PathLike[str],
+) -> None:
+    """Sends the tables of a sweep to a W&B run of its own, beside those of its trials.
+
+    The run has job type summary and is in the group `track.group`, or else `name`; told
+    again, the same name continues it (offline: replaces it). Nothing is sent where W&B
+    is disabled, and no error of W&B is one of the sweep.
+
+    Args:
+      track: What is wanted.
+      tables: Title -> frame.
+      name: Of the sweep.
+      directory: Of the sweep; W&B writes to ``wandb/`` inside it.
+    """
+    if track.wandb == "disabled":
+        return
+    tracker = WandbTracker(
+        track.wandb,
+        project=track.project,
+        group=track.group or name,
+        job_type="summary",
+        name=f"{name} summary",
+        run_id=f"{name}-summary",
+        config={},
+        directory=directory,
+    )
+    for title, frame in tables.items():
+        tracker.table(title, frame)
+    tracker.close("done")

@@ -19,10 +19,13 @@ from tiny_run import (
 
 from lowrank.core.errors import BadInput, Corrupt, NonFinite
 from lowrank.io.seals import write_sealed
+from lowrank.io.view import load_record
 from lowrank.run.judge import evaluate_run
 from lowrank.run.settings import read
 from lowrank.run.stored import load_run, predict
 from lowrank.run.trial import run_trial
+from lowrank.sweeps.finalists import judge_test
+from lowrank.sweeps.load import best_row, load_sweep
 
 
 def estimates(scores):
@@ -432,3 +435,37 @@ def test_two_equal_commands_give_equal_runs(finished, world):
     overrides = [f"run.directory={directory}", "seed=3"]
     run_trial(world.config(*overrides))
     same_outcome(finished[0], directory)
+
+
+# A finished run as a trial of a sweep.
+
+
+def test_the_reading_of_sweeps_reads_what_a_run_writes(world, finished):
+    directory, result = finished
+    sweep = load_sweep(world.runs)
+    row = sweep.trials.set_index("directory").loc[directory.name]
+    assert (row["trial"], row["status"], row["seed"]) == (result["trial"], "done", 3)
+    judged = result["scores"]["validation"]["metrics"]
+    for name in ("accuracy", "macro_f1", "log_loss"):
+        assert row[f"best.{name}"] == judged[name]["estimate"]
+    assert (row["best_step"], row["steps"]) == (result["best_step"], result["steps"])
+    for name in ("trained_parameters", "step_median_seconds", "num_trials"):
+        assert row[f"costs.{name}"] == result["costs"][name]
+    assert row["optim.lr"] == 0.02
+    assert not [name for name in sweep.trials if name.startswith("test")]
+    # What a running trial would be told from: the log alone, by the loop's own rule.
+    seen = load_record(directory).metrics.dropna(subset="validation/accuracy")
+    best = best_row(seen, "accuracy")
+    assert best["step"] == result["best_step"]
+    # Two programs over the same rows in single precision.
+    logged, loss = best["validation/log_loss"], judged["log_loss"]["estimate"]
+    assert logged == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_sealed_test_split_is_judged_as_the_run_would_have(finished):
+    directory, result = finished
+    found = judge_test(directory)["metrics"]
+    for name, value in result["scores"]["test"]["metrics"].items():
+        # Another compiled program: single precision over a few layers.
+        expected = value["estimate"]
+        assert found[name]["estimate"] == (expected and pytest.approx(expected, 1e-5))

@@ -1,0 +1,8 @@
+"""Campaigns: many trials, grouped, launched and read."""
+
+from lowrank.sweeps.load import Sweep as Sweep
+from lowrank.sweeps.load import load_sweep as load_sweep
+from lowrank.sweeps.report import write_report as write_report
+from lowrank.sweeps.results import send_summary as send_summary
+from lowrank.sweeps.results import show_results as show_results
+from lowrank.sweeps.results import write_results as write_results
