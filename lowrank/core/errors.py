@@ -50,6 +50,10 @@ class NonFinite(LowrankError, FloatingPointError):
     exit_code = NON_FINITE
 
 
+class OutOfMemory(LowrankError):
+    """A device refused the memory that a program asked for."""
+
+
 class Corrupt(LowrankError):
     """A stored state is damaged, or belongs to another run."""
 
@@ -61,6 +65,20 @@ def nearest(name: str, choices: Iterable[str], most: int = 3) -> str:
     choices = sorted(set(choices))
     close = difflib.get_close_matches(name, choices, n=most, cutoff=0.0)
     return ", ".join(repr(one) for one in close) if close else "none"
+
+
+def gravest(codes: Iterable[int]) -> int:
+    """The exit code that tells of many outcomes: the gravest of them, 0 of none.
+
+    A bug comes first, for it may have touched anything; then stored state that cannot
+    be trusted or written; then what a user asked for wrongly; then trials that had
+    their chance; last those that only have to be continued. A code that is not ours
+    counts as a bug.
+    """
+    order = (BUG, CORRUPT, CANNOT_WRITE, HANG, BAD_INPUT, NON_FINITE, PREEMPTED)
+    place = {code: at for at, code in enumerate(order)}
+    failed = [code for code in codes if code]
+    return min(failed, key=lambda code: place.get(code, 0), default=0)
 
 
 def exit_code(error: BaseException) -> int:

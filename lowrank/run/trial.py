@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def _run_trial(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
         if record.finished is not None:
             logger.info("finished earlier: %s", record.directory)
             return record.finished
-        _write_hydra(record, config, overrides)
+        write_hydra(record.directory, config, overrides)
         with Watchdog(
             settings.run.hang_seconds,
             settings.run.pause_seconds,
@@ -80,11 +81,11 @@ def _run_trial(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
             return _run(prepared, settings, record, validation, watchdog)
 
 
-def _write_hydra(
-    record: Record, config: Mapping[str, Any], overrides: Sequence[str]
+def write_hydra(
+    directory: Path, config: Mapping[str, Any], overrides: Sequence[str]
 ) -> None:
     """Writes `.hydra/` as Hydra would, had it heard of secrets."""
-    folder = record.directory / ".hydra"
+    folder = directory / ".hydra"
     contents = {"config": redact(config), "overrides": redact(list(overrides))}
     for name, value in contents.items():
         text = yaml.safe_dump(value, sort_keys=False).encode()
