@@ -165,11 +165,11 @@ def _trials(plan: Plan, refused: dict) -> Table:
 
 def _packs(packs: Sequence[Planned], costs: dict[str, Cost], spec: SweepSpec) -> Table:
     limit, source = memory_limit(spec)
-    room = "" if limit is None else f" (of {limit / GIB:.1f} GiB: {source})"
-    table = Table(title="Packs")
-    table.add_column("pack")
-    table.add_column("static key")
-    for name in ("trials", "rank", "parameters", "steps", f"memory{room}", "time"):
+    room = "" if limit is None else f", {limit / GIB:.1f} GiB each ({source})"
+    table = Table(title=f"Packs{room}")
+    for name in ("pack", "static key"):
+        table.add_column(name, no_wrap=True)
+    for name in ("trials", "rank", "parameters", "steps", "memory", "time"):
         table.add_column(name, justify="right")
     for pack in packs:
         key, count, rank = program(pack.trials)

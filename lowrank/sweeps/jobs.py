@@ -6,6 +6,7 @@ training, for the jobs of a pack are told one after another when the pack has en
 """
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from lowrank.run.settings import read
 from lowrank.sweeps.dry import show_plan
 from lowrank.sweeps.group import Trial, labelled
 from lowrank.sweeps.launch import Packing, make_plan, run_plan
+from lowrank.sweeps.width import remembered
 from lowrank.train.guard import interruptible
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ def launch(
                 raise BadInput(
                     "the fields of `sweep` hold for all jobs: sweep over others"
                 )
+            packing = dataclasses.replace(packing, memory=remembered(packing.memory))
             plan = make_plan(trials, directory, packing, spec)
             if spec.dry_run:
                 show_plan(plan, packing.memory, spec)

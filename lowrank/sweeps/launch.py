@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lowrank.core.errors import (
     BadInput,
@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 PACKS = "packs"
 
 
+@runtime_checkable
 class RunPack(Protocol):
     """See `run.packs.run_pack`."""
 

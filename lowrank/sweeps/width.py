@@ -24,6 +24,20 @@ SHARE_OF_HOST, SHARE_OF_DEVICE = 0.8, 0.9
 GIB = 2**30
 
 
+def remembered(needs: Memory) -> Memory:
+    """`needs`, asked once for every trial and width: each question is a compile."""
+    known: dict[tuple[str, int], int | None] = {}
+
+    def asked(settings: Settings, widths: Sequence[int]) -> Mapping[int, int | None]:
+        name = settings.trial_id
+        if new := [count for count in widths if (name, count) not in known]:
+            found = needs(settings, new)
+            known.update({(name, count): found[count] for count in new})
+        return {count: known[name, count] for count in widths}
+
+    return asked
+
+
 def memory_limit(spec: SweepSpec) -> tuple[int | None, str]:
     """Bytes that one device's part of a pack may need, and who says so."""
     if spec.memory_gib is not None:
