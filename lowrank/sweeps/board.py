@@ -141,7 +141,6 @@ def progress_of(path: Path) -> str:
 
 def _console() -> Console:
     """Where the log goes, if that is a console; else stderr."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, RichHandler):
-            return handler.console
-    return Console(stderr=True)
+    handlers = logging.getLogger().handlers
+    rich = [one for one in handlers if isinstance(one, RichHandler)]
+    return rich[0].console if rich else Console(stderr=True)

@@ -79,7 +79,7 @@ def width(trials: Sequence[Trial], spec: SweepSpec, needs: Memory) -> int:
         return wanted
     largest = max(trials, key=lambda trial: trial.rank).settings
     asked = dict(needs(largest, [wanted]))
-    if asked[wanted] is None or asked[wanted] <= limit:
+    if (whole := asked[wanted]) is None or whole <= limit:
         return wanted
     asked |= needs(largest, [1])
     fits = _interpolate(asked, wanted, limit)
