@@ -76,6 +76,8 @@ class OptunaSweeper(Sweeper):
         from lowrank.sweeps.ask import study
 
         assert self.launcher is not None
+        assert self.config is not None
+        assert self.hydra_context is not None
         return study(
             arguments, self.launcher, self.config, self.hydra_context, **self.choices
         )

@@ -163,7 +163,10 @@ def _open(directory: Path, direction: str) -> "optuna.Study":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(directory / JOURNAL)))
     return optuna.create_study(
-        storage=storage, study_name=NAME, direction=direction, load_if_exists=True
+        storage=storage,
+        study_name=NAME,
+        direction=optuna.study.StudyDirection[direction.upper()],
+        load_if_exists=True,
     )
 
 

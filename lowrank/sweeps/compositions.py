@@ -12,6 +12,7 @@ and what was killed for being too wide is not tried again just because it is on 
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,4 +96,5 @@ class Compositions:
 
 def saved(folder: Path) -> bool:
     """Whether a pack's folder holds a checkpoint: a folder named by its step."""
-    return any(p.name.isdigit() and p.is_dir() for p in folder.rglob("*"))
+    # `os.walk` does not mind folders that go away meanwhile.
+    return any(name.isdigit() for _, names, _ in os.walk(folder) for name in names)
