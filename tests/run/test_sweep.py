@@ -292,7 +292,8 @@ def test_damaged_and_foreign_directories_are_refused_and_the_rest_run(sweep, tmp
     assert code == CORRUPT
     assert len(pack.packs[1]) == 2, "the new seed's"
     assert "result.json has sha256" in said
-    assert "2 failed, 4 done" in said
+    assert "2 failed" in said
+    assert "4 done" in said
     code, said = sweep(pack, "sweep.name=mine", "run.force=true", grid=grid)
     assert code == 0, said
     assert len(pack.packs[2]) == 2, "moved aside, and started over"
@@ -333,7 +334,7 @@ def test_a_trial_that_another_process_writes_is_left_to_it(sweep, tmp_path):
 )
 def test_bad_sweeps_are_refused_before_anything_runs(sweep, arguments, told):
     pack = FakePack()
-    code, said = sweep(pack, *arguments, grid=("seed=1",))
+    code, said = sweep(pack, *arguments, grid=("seed=1,2",))
     assert code == BAD_INPUT, said
     assert told in said
     assert "Traceback" not in said
