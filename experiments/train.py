@@ -5,7 +5,9 @@ from typing import Any
 
 from lowrank.report.tables import show_preview, show_result
 from lowrank.run.door import command
+from lowrank.run.packs import pack_memory, run_pack
 from lowrank.run.trial import run_trial
+from lowrank.sweeps.launch import Packing
 
 
 def train(config: Mapping[str, Any], overrides: Sequence[str]) -> float | None:
@@ -15,11 +17,16 @@ def train(config: Mapping[str, Any], overrides: Sequence[str]) -> float | None:
         show_preview(result)
         return None
     show_result(result)
+    return objective(result)
+
+
+def objective(result: Mapping[str, Any]) -> float | None:
+    """What a sweeper would maximize: the accuracy on the validation split, if any."""
     validation = result["scores"].get("validation")
     return validation and validation["metrics"]["accuracy"]["estimate"]
 
 
-main = command(train)
+main = command(train, packing=Packing(run_pack, pack_memory, objective))
 
 if __name__ == "__main__":
     main()

@@ -15,6 +15,7 @@ from lowrank.run import judge
 from lowrank.run.door import CONF, resolve
 from lowrank.run.settings import BaseSpec, Evaluation, RunSpec, read
 from lowrank.run.survey import Survey
+from lowrank.run.sweep import SweepSpec
 from lowrank.sharding import MeshSpec
 from lowrank.sweeps.report import ReportSpec
 from lowrank.track import Track
@@ -92,6 +93,7 @@ def test_the_main_file_shows_every_field_of_its_own_groups():
         "loop": LoopSpec,
         "non_finite": NonFinitePolicy,
         "run": RunSpec,
+        "sweep": SweepSpec,
     }.items():
         assert set(config[name]) == set(fields_of(cls)), name
     chosen = {next(iter(one)) for one in config["defaults"] if isinstance(one, dict)}
@@ -134,6 +136,7 @@ def test_defaults_in_files_are_the_defaults_in_code():
     assert settings.loop == LoopSpec()
     assert settings.non_finite == NonFinitePolicy()
     assert settings.run == RunSpec()
+    assert settings.sweep == SweepSpec()
     assert settings.mesh == MeshSpec()
     assert settings.evaluate == Evaluation()
     assert settings.optim == OPTIMIZERS["adamw"]()

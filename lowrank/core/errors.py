@@ -67,6 +67,20 @@ def nearest(name: str, choices: Iterable[str], most: int = 3) -> str:
     return ", ".join(repr(one) for one in close) if close else "none"
 
 
+def gravest(codes: Iterable[int]) -> int:
+    """The exit code that tells of many outcomes: the gravest of them, 0 of none.
+
+    A bug comes first, for it may have touched anything; then stored state that cannot
+    be trusted or written; then what a user asked for wrongly; then trials that had
+    their chance; last those that only have to be continued. A code that is not ours
+    counts as a bug.
+    """
+    order = (BUG, CORRUPT, CANNOT_WRITE, HANG, BAD_INPUT, NON_FINITE, PREEMPTED)
+    place = {code: at for at, code in enumerate(order)}
+    failed = [code for code in codes if code]
+    return min(failed, key=lambda code: place.get(code, 0), default=0)
+
+
 def exit_code(error: BaseException) -> int:
     """The process exit code for `error`; 1, a bug, for whatever is not ours."""
     return getattr(error, "exit_code", BUG) if isinstance(error, LowrankError) else BUG

@@ -1,5 +1,6 @@
-"""How a process holds memory: in large pages, and freed blocks given back."""
+"""How a process holds memory: how much it may, in large pages, and given back."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 SWITCH = "LOWRANK_HUGE_PAGES"
 _TUNABLES = "GLIBC_TUNABLES"
 _HUGE = "glibc.malloc.hugetlb"
+_CGROUPS = Path("/sys/fs/cgroup")
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -50,6 +52,41 @@ def _trim() -> Callable[[int], int] | None:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
         return None  # Not glibc: other allocators give memory back by themselves.
+
+
+def limit(groups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes that this process may hold: its control groups' limit or the machine's.
+
+    Args:
+      groups: Where control groups are mounted.
+      own: The file that says which ones this process is in.
+
+    Returns:
+      The least of all limits; None where the system tells none.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError):  # Not every system tells.
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        number, kinds, path = line.split(":", 2)
+        # Version 2 has one tree; version 1 has one per kind, mounted under its name.
+        one_tree = number == "0" and not kinds
+        top = groups if one_tree else groups / "memory"
+        name = "memory.max" if one_tree else "memory.limit_in_bytes"
+        if not one_tree and "memory" not in kinds.split(","):
+            continue
+        inner = top / path.lstrip("/")
+        # In a container the path may be the host's, and only the top is mounted.
+        for folder in (inner, *inner.parents):
+            if folder != top and top not in folder.parents:
+                break
+            with contextlib.suppress(OSError, ValueError):
+                found.append(int((folder / name).read_text()))  # "max" is no number
+    return min(found, default=None)
 
 
 def give_back() -> bool:

@@ -328,6 +328,16 @@ def _previous(
     return status
 
 
+def stored_result(path: Path, *, config: Mapping, identity: Mapping) -> dict | None:
+    """The result of this very trial, or None where it has none yet; see `Record.open`.
+
+    Raises:
+      Corrupt: The directory is damaged, or holds another trial.
+    """
+    known = _previous(path, identity, config, force=False)
+    return None if known is None else read_result(path)
+
+
 def read_status(path: Path) -> dict[str, Any]:
     """The content of status.json, which says whose a run directory is.
 

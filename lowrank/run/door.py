@@ -1,11 +1,12 @@
 """What every command does around its work: arguments, logging, exit codes."""
 
+import dataclasses
 import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,54 +17,115 @@ from rich.logging import RichHandler
 
 from lowrank.core.errors import (
     BAD_INPUT,
+    BUG,
     BadInput,
     LowrankError,
     Preempted,
     exit_code,
 )
 from lowrank.core.secrets import redact_text
+from lowrank.core.spec import digest
+from lowrank.run.settings import ASIDE
 from lowrank.train.guard import end_at_next_signal
 
 _QUOTED_KEY = re.compile(r"""(?:"([^"]+)"|'([^']+)')\s*:""")
 CONF = Path(__file__).parents[2] / "conf"
 
 
+@dataclasses.dataclass
+class Course:
+    """How far a command has come, which Hydra's own exit code does not tell.
+
+    Attributes:
+      started: Whether a config was composed and handed on.
+      code: Of the trials of a sweep that have failed, the gravest exit code.
+    """
+
+    started: bool = False
+    code: int = 0
+
+
 def command(
     task: Callable[[Mapping[str, Any], Sequence[str]], Any],
     config_name: str = "config",
+    packing: object | None = None,
 ) -> Callable[[], None]:
     """Turns `task(config, overrides)` into a command line with Hydra's overrides.
 
     Errors of ours end the process with their exit code and one message, without a
-    stack trace; a config that does not compose ends it with 2.
-    """
-    started = False
+    stack trace; a config that does not compose ends it with 2; a sweep ends with the
+    gravest code of its trials.
 
-    @hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")
+    Args:
+      task: What one job does.
+      config_name: A file in `conf/`.
+      packing: How many jobs are done together, for a launcher that can: see
+        `sweeps.launch.Packing`. Launchers get nothing but the function that Hydra was
+        given, so this rides on it as an attribute.
+    """
+    course = Course()
+
     def run(config: DictConfig) -> Any:
-        nonlocal started
-        started = True
-        _log_to_stderr()
+        course.started = True
+        log_to_stderr()
         try:
-            overrides = HydraConfig.get().overrides.task
-            return task(resolve(config), list(overrides))
+            given = resolve(config)
+            if (given.get("sweep") or {}).get("dry_run"):
+                raise BadInput(
+                    "sweep.dry_run=true shows what a packed sweep would do: give "
+                    "-m hydra/launcher=packed with it, or run.preview=true for one run"
+                )
+            return task(given, list(HydraConfig.get().overrides.task))
         except LowrankError as error:
-            if isinstance(error, Preempted):
-                end_at_next_signal()
-            _tell(f"{type(error).__name__}: {error}")
-            sys.exit(exit_code(error))
+            end(error)
+
+    vars(run).update(packing=packing, course=course)
+    hydra_main = hydra.main(
+        config_path=str(CONF), config_name=config_name, version_base="1.3"
+    )(run)
 
     def main() -> None:
-        nonlocal started
-        started = False
+        course.started, course.code = False, 0
         sys.argv[1:] = list(map(unquoted_keys, named_bases(sys.argv[1:])))
+        name_sweep(sys.argv[1:])
         try:
-            run()
+            hydra_main()
         except SystemExit as stop:
-            # Hydra exits with 1 for a config that does not compose: bad input.
-            sys.exit(BAD_INPUT if stop.code == 1 and not started else stop.code)
+            if stop.code != 1:
+                raise
+            # Hydra's answer to a failed trial, to a bug, and to a config that does not
+            # compose, which is bad input.
+            sys.exit(course.code or (BUG if course.started else BAD_INPUT))
+        if course.code:
+            sys.exit(course.code)
 
     return main
+
+
+def end(error: LowrankError) -> NoReturn:
+    """Ends the process with one message and the error's exit code."""
+    if isinstance(error, Preempted):
+        end_at_next_signal()
+    _tell(f"{type(error).__name__}: {error}")
+    sys.exit(exit_code(error))
+
+
+def name_sweep(arguments: Sequence[str]) -> None:
+    """Makes `${sweep_name:name}` the name of this line's sweep.
+
+    Where no name is given it is a hash of the arguments that say what is done, in any
+    order: the same line finds the same directory, also with sweep.dry_run=true, another
+    launcher or another tracker.
+    """
+    asks = []
+    for argument in arguments:
+        group = re.split(r"[./=@:]", argument.lstrip("+~"), maxsplit=1)[0]
+        if not argument.startswith("-") and group not in ("hydra", *ASIDE):
+            asks.append(argument)
+    name = digest(sorted(asks), 12)
+    OmegaConf.register_new_resolver(
+        "sweep_name", lambda given=None: given or name, replace=True
+    )
 
 
 def resolve(config: DictConfig) -> Mapping[str, Any]:
@@ -114,7 +176,7 @@ def unquoted_keys(argument: str) -> str:
     return name + equals + re.sub(_QUOTED_KEY, lambda k: escaped(k) + ":", value)
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Our messages from INFO on; those of other packages from WARNING on."""
     handler = RichHandler(console=Console(stderr=True), show_path=False)
     handler.setFormatter(logging.Formatter("%(message)s"))

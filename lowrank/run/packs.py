@@ -1,8 +1,8 @@
 """Trials trained together, each with a record of its own.
 
-A pack's checkpoints hold all its trials, so they lie in a folder of the pack's, beside
-a list of its trials: a pack is continued in the composition it began with. The pack of
-one that a single command runs keeps its checkpoints in its own run directory.
+A pack's checkpoints hold all its trials, so they lie in a folder of the pack's, and are
+continued by the same trials in the same order only. The pack of one that a single
+command runs keeps its checkpoints in its own run directory.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from lowrank.core.trees import fingerprint
 from lowrank.io.checkpoints import Checkpoints
 from lowrank.io.files import write_atomically
 from lowrank.io.record import METRICS, Record
-from lowrank.io.seals import read_sealed, write_sealed
 from lowrank.run.fit import Fit, Storage, check_plan, fit
 from lowrank.run.forward import Batch
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
+from lowrank.run.preview import lowered
 from lowrank.run.results import Results, flat_numbers
 from lowrank.run.settings import Settings
 from lowrank.run.ship import ship
@@ -44,9 +44,6 @@ from lowrank.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-#: In a pack's folder: its trials, in order.
-COMPOSITION = "pack.json"
-COMPOSITION_SCHEMA = 1
 _PENALTY = "train/penalty/"
 
 
@@ -112,9 +109,7 @@ def _run_pack(
             return [Outcome(one) for one in done]
         for trial, record, own in zip(prepared.trials, records, overrides, strict=True):
             if record.finished is None:
-                _write_hydra(record, trial.settings.config, own)
-        if folder is not None:
-            _compose(folder, [trial.settings.trial_id for trial in prepared.trials])
+                write_hydra(record.directory, trial.settings.config, own)
         fail = lambda reason: [
             record.set_status("failed", f"hang: {reason}")
             for record in records
@@ -147,6 +142,20 @@ def check_pack(prepared: PreparedPack) -> list[Batch] | None:
         first.settings.loop,
     )
     return validation
+
+
+def pack_memory(settings: Settings, widths: Sequence[int]) -> dict[int, int | None]:
+    """Bytes that one device must hold for the widest batch, by trials in the pack.
+
+    From the compiler's analysis of the step, compiled from shapes alone; None where
+    the backend does not tell.
+    """
+    prepared = prepare_pack([settings]).trials[0]
+    found = {}
+    for width in widths:
+        found[width] = lowered(prepared, width).costs()["peak_bytes"]
+        logger.info("a pack of %d needs %s bytes", width, found[width])
+    return found
 
 
 def _train(
@@ -249,30 +258,11 @@ def _pack_id(trials: Sequence[Settings]) -> str:
     return ids[0] if len(ids) == 1 else digest(ids)
 
 
-def _compose(folder: Path, ids: Sequence[str]) -> None:
-    """Writes the pack's composition before its first step, or compares it.
-
-    Raises:
-      Corrupt: Another pack began in this folder.
-    """
-    path = folder / COMPOSITION
-    if path.exists():
-        stored = read_sealed(path)
-        if stored != {"schema": COMPOSITION_SCHEMA, "trials": list(ids)}:
-            raise Corrupt(
-                f"{path} lists the trials {stored.get('trials')}, and this pack has "
-                f"{list(ids)}; a pack is continued as it began. Give the same command "
-                "again, or remove the folder to start this pack over."
-            )
-        return
-    write_sealed(path, {"schema": COMPOSITION_SCHEMA, "trials": list(ids)})
-
-
-def _write_hydra(
-    record: Record, config: Mapping[str, Any], overrides: Sequence[str]
+def write_hydra(
+    directory: Path, config: Mapping[str, Any], overrides: Sequence[str]
 ) -> None:
     """Writes `.hydra/` as Hydra would, had it heard of secrets."""
-    folder = record.directory / ".hydra"
+    folder = directory / ".hydra"
     contents = {"config": redact(config), "overrides": redact(list(overrides))}
     for name, value in contents.items():
         text = yaml.safe_dump(value, sort_keys=False).encode()

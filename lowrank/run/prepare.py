@@ -53,21 +53,12 @@ class Prepared:
     @property
     def identity(self) -> dict[str, str]:
         """Fingerprints that a stored state must agree with to be continued."""
-        return {
-            "config": self.settings.trial_id,
-            "base": self.base.fingerprint,
-            "data": self.task.fingerprint,
-            "code": code_fingerprint(),
-        }
+        return identity_of(self.settings, self.base, self.task)
 
     @property
     def directory(self) -> Path:
         """Where the run lives."""
-        run = self.settings.run
-        # Checked before `Path` folds the "//" of a URL.
-        if run.directory is not None:
-            return local_path(run.directory)
-        return local_path(run.root) / self.settings.trial_id
+        return directory_of(self.settings)
 
     def evaluation(self, split: str) -> list[Batch]:
         """A split in order, every row once."""
@@ -153,6 +144,29 @@ def prepare_pack(trials: Sequence[Settings]) -> PreparedPack:
         for trial, alone in zip(trials, variants.alone, strict=True)
     )
     return PreparedPack(prepared, variants)
+
+
+def identity_of(settings: Settings, base: Base, task: Task) -> dict[str, str]:
+    """Fingerprints of what decides a trial's course."""
+    return {
+        "config": settings.trial_id,
+        "base": base.fingerprint,
+        "data": task.fingerprint,
+        "code": code_fingerprint(),
+    }
+
+
+def directory_of(settings: Settings) -> Path:
+    """The directory of a trial, whether it is there or not.
+
+    Raises:
+      BadInput: It is a URL.
+    """
+    run = settings.run
+    # Checked before `Path` folds the "//" of a URL.
+    if run.directory is not None:
+        return local_path(run.directory)
+    return local_path("runs" if run.root is None else run.root) / settings.trial_id
 
 
 def load_base(settings: Settings, num_classes: int) -> Base:

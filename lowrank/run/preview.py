@@ -1,9 +1,11 @@
 """What a run would be: sites, ranks, parameters, FLOPs and memory, nothing trained."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from lowrank.cost.count import jaxpr_flops
 from lowrank.cost.measure import compiled_cost
@@ -17,42 +19,68 @@ from lowrank.train.penalties import impose
 from lowrank.train.step import make_step
 
 
-def preview(prepared: Prepared) -> dict[str, Any]:
-    """Compiles the largest step from shapes alone and reads its costs.
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """The largest step of a pack, from shapes alone.
 
-    Returns:
-      Sites, sizes, the data's shape and the costs of the largest step.
+    Attributes:
+      packed: The step as a function.
+      shapes: What it is called with: the base, the state, a batch.
     """
+
+    packed: Callable[..., Any]
+    shapes: tuple[Any, ...]
+
+    def costs(self) -> dict[str, Any]:
+        """Compiles the step and reads what it takes; see `compiled_cost`."""
+        jitted = jax.jit(self.packed, donate_argnums=1)
+        compiled = jitted.lower(*self.shapes).compile()
+        return compiled_cost(compiled, jaxpr_flops(self.packed, *self.shapes))
+
+
+def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
+    """The step on the largest batch, for a pack of trials like this one."""
     settings, adapted = prepared.settings, prepared.adapted
     mesh = settings.mesh.build()
     model = on_inputs(adapted.apply, inputs_of)
     imposed = impose([settings.penalty], adapted.sites, adapted.thin)
     start = lambda: states.start(
-        adapted.init_trained, adapted.dials(), [settings.optim], [settings.seed],
-        weights=imposed.weights([settings.penalty]),
+        adapted.init_trained, adapted.dials(), [settings.optim] * num_trials,
+        range(num_trials), weights=imposed.weights([settings.penalty] * num_trials),
     )  # fmt: skip
     sharded = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
         tree,
     )
     state, frozen = sharded(jax.eval_shape(start)), sharded(adapted.frozen())
-    steps = prepared.batches.num_steps
     step = make_step(
-        model, cross_entropy, settings.optim, steps, adapted.draws, adapted.active,
-        imposed,
+        model, cross_entropy, settings.optim, prepared.batches.num_steps,
+        adapted.draws, adapted.active, imposed,
     )  # fmt: skip
-    packed = over_trials(step, 1)
     largest = max(prepared.batches.examples(), key=lambda batch: batch["ids"].size)
-    batch = batch_shapes(largest, mesh, 1)
-    compiled = jax.jit(packed, donate_argnums=1).lower(frozen, state, batch).compile()
+    wide = {
+        name: np.broadcast_to(array[:1], (num_trials, *array.shape[1:]))
+        for name, array in largest.items()
+    }
+    batch = batch_shapes(wide, mesh, 1)
+    return Lowered(over_trials(step, num_trials), (frozen, state, batch))
+
+
+def preview(prepared: Prepared) -> dict[str, Any]:
+    """Compiles the largest step from shapes alone and reads its costs.
+
+    Returns:
+      Sites, sizes, the data's shape and the costs of the largest step.
+    """
+    adapted = prepared.adapted
     return {
         "preview": True,
-        "trial": settings.trial_id,
+        "trial": prepared.settings.trial_id,
         "directory": str(prepared.directory),
         "sites": site_rows(adapted),
         "whole": list(adapted.fully_trained),
         "sizes": dataclasses.asdict(sizes(adapted)),
         "steps": prepared.batches.num_steps,
         "batches": [list(b["ids"].shape[1:]) for b in prepared.batches.examples()],
-        "step": compiled_cost(compiled, jaxpr_flops(packed, frozen, state, batch)),
+        "step": lowered(prepared).costs(),
     }

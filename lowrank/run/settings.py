@@ -22,6 +22,7 @@ from lowrank.core.spec import (
 from lowrank.data.buckets import Batching
 from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.deltas.catalogue import CATALOGUE as DELTAS
+from lowrank.run.sweep import SweepSpec
 from lowrank.sharding import MeshSpec
 from lowrank.track.trackers import Track
 from lowrank.train.guard import NonFinitePolicy
@@ -43,7 +44,7 @@ SCIENTIFIC = (
     "evaluate",
     "seed",
 )
-ASIDE = ("mesh", "track", "run", "plugins")
+ASIDE = ("mesh", "track", "run", "plugins", "sweep")
 #: Fields of scientific groups that change no result: a rehearsal that was stopped on
 #: purpose is continued by the same command without the stop.
 NOT_IN_ID = {"loop": ("stop_after",), "base": ("name",)}
@@ -96,7 +97,8 @@ class RunSpec:
     """Where a run lives and what becomes of what is already there.
 
     Attributes:
-      root: Parent of the run directories.
+      root: Parent of the run directories; None: `runs`, and of a packed sweep the
+        sweep's own directory.
       directory: The run directory itself; `root/<trial id>` if None.
       force: Take a directory that another base, data, code or config has written; its
         content is moved aside. A run of the same identity is continued all the same,
@@ -109,7 +111,7 @@ class RunSpec:
       pause_seconds: The same for compiling, restoring, evaluating and saving.
     """
 
-    root: str = "runs"
+    root: str | None = None
     directory: str | None = None
     force: bool = False
     preview: bool = False
@@ -141,6 +143,7 @@ class Settings:
     mesh: MeshSpec
     track: Track
     run: RunSpec
+    sweep: SweepSpec
     seed: int
     config: Mapping[str, Any]
 
@@ -189,6 +192,7 @@ def read(config: Mapping[str, Any]) -> Settings:
         mesh=plain(MeshSpec, config.get("mesh"), "mesh"),
         track=plain(Track, config.get("track"), "track"),
         run=plain(RunSpec, config.get("run"), "run"),
+        sweep=plain(SweepSpec, config.get("sweep"), "sweep"),
         seed=seed,
         config={key: config.get(key) for key in known},
     )

@@ -1,5 +1,8 @@
-"""Campaigns: many trials, grouped, launched and read."""
+"""Campaigns: many trials, grouped into packs, launched and read."""
 
+from lowrank.sweeps.launch import Packing as Packing
+from lowrank.sweeps.launch import make_plan as make_plan
+from lowrank.sweeps.launch import run_plan as run_plan
 from lowrank.sweeps.load import Sweep as Sweep
 from lowrank.sweeps.load import load_sweep as load_sweep
 from lowrank.sweeps.report import write_report as write_report

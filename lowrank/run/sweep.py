@@ -1,0 +1,60 @@
+"""What one line of many trials may say: how they run, and what packs can vary."""
+
+import re
+from typing import Literal
+
+from lowrank.core.errors import BadInput
+from lowrank.core.spec import spec
+
+#: What may differ between the trials of one pack: arrays to the compiled step, or the
+#: start of a trial. `*` stands for every field of a group. Whether `optim.clip` is
+#: null changes the program; its number does not.
+PACKABLE = (
+    "delta.rank",
+    "delta.alpha",
+    "delta.scaling",
+    "delta.dropout",
+    "delta.rank_dropout",
+    "optim.lr",
+    "optim.head_lr",
+    "optim.weight_decay",
+    "optim.b1",
+    "optim.b2",
+    "optim.eps",
+    "optim.clip",
+    "optim.label_smoothing",
+    "penalty.*",
+    "seed",
+)
+
+
+@spec
+class SweepSpec:
+    """How the trials of one command line are run together.
+
+    Attributes:
+      name: Names the sweep's directory; a digest of its arguments if None.
+      dry_run: Show trials, packs, memory and time, and stop.
+      width: Trials in a pack, at most; as many as fit into memory if None.
+      memory_gib: Memory that a pack may need; what the machine gives if None.
+      on_failure: Whether the other packs still run after a trial has failed.
+    """
+
+    name: str | None = None
+    dry_run: bool = False
+    width: int | None = None
+    memory_gib: float | None = None
+    on_failure: Literal["continue", "stop"] = "continue"
+
+    def __post_init__(self) -> None:
+        if self.width is not None and self.width < 1:
+            raise BadInput(f"sweep.width must be at least 1, or null, not {self.width}")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise BadInput(
+                f"sweep.memory_gib must be positive, or null, not {self.memory_gib}"
+            )
+        if self.name is not None and not re.fullmatch(r"\w[\w.\-]{0,99}", self.name):
+            raise BadInput(
+                f"sweep.name = {self.name!r} names a directory: give it letters, "
+                "digits, '-', '_' and '.', the first no sign"
+            )

@@ -1,0 +1,100 @@
+"""Which trials were begun together: written before a pack runs, read when it goes on.
+
+A pack's checkpoint holds its trials in one order, so whoever continues it needs the
+same trials in the same order, though a plan made afresh would now be another: finished
+trials are left out of it, memory or `sweep.width` may have changed.
+
+    packs/<pack id>.json   the trials of a pack that was begun, sealed
+    packs/<pack id>/       its checkpoints
+
+A pack without a checkpoint binds nobody: nothing is lost by planning its trials anew,
+and what was killed for being too wide is not tried again just because it is on record.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowrank.core.errors import Corrupt
+from lowrank.io.seals import read_sealed, write_sealed
+from lowrank.sweeps.group import Trial, pack_id
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+
+class Compositions:
+    """The packs that a sweep has begun.
+
+    Attributes:
+      folder: `packs` in the sweep's directory.
+    """
+
+    def __init__(self, folder: Path):
+        """Takes the folder, which need not be there."""
+        self.folder = folder
+
+    def begin(self, trials: Sequence[Trial]) -> tuple[str, Path]:
+        """Records a pack; its id and the folder of its checkpoints.
+
+        Raises:
+          CannotWrite: The file system refused.
+        """
+        name = pack_id(trials)
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            ids = [trial.id for trial in trials]
+            write_sealed(path, {"schema": SCHEMA, "pack": name, "trials": ids})
+        return name, self.folder / name
+
+    def begun(self, trials: Sequence[Trial]) -> list[list[Trial]]:
+        """Compositions of the packs to continue, those that have a checkpoint.
+
+        A pack with a trial that is not in `trials` is not continued: the others have a
+        start of their own again. A trial of several packs, because a wide one was
+        halved, belongs to the narrowest.
+
+        Args:
+          trials: Of the sweep, finished or not.
+
+        Raises:
+          Corrupt: A file is damaged.
+        """
+        known = {trial.id: trial for trial in trials}
+        found: list[list[Trial]] = []
+        taken: set[str] = set()
+        for name, ids in sorted(self._stored(), key=lambda one: len(one[1])):
+            if taken & set(ids) or not saved(self.folder / name):
+                continue
+            if strangers := [one for one in ids if one not in known]:
+                if any(one in known for one in ids):
+                    logger.warning(
+                        "pack %s was begun with %s, which this line does not ask for: "
+                        "its other trials start over",
+                        name,
+                        ", ".join(strangers),
+                    )
+                continue
+            taken |= set(ids)
+            found.append([known[one] for one in ids])
+        return found
+
+    def _stored(self) -> list[tuple[str, list[str]]]:
+        found = []
+        for path in sorted(self.folder.glob("*.json")):
+            stored = read_sealed(path)
+            if stored.get("schema") != SCHEMA:
+                raise Corrupt(
+                    f"{path} has schema {stored.get('schema')!r}, and this version "
+                    f"reads {SCHEMA}. Install the version of lowrank that wrote it."
+                )
+            found.append((stored["pack"], stored["trials"]))
+        return found
+
+
+def saved(folder: Path) -> bool:
+    """Whether a pack's folder holds a checkpoint: a folder named by its step."""
+    # `os.walk` does not mind folders that go away meanwhile.
+    return any(name.isdigit() for _, names, _ in os.walk(folder) for name in names)

@@ -1,0 +1,228 @@
+"""Which trials share a pack: by what cannot differ inside one, and by width.
+
+All of this is decided from settings alone, before a base or a row of data is read.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowrank.core.errors import BadInput
+from lowrank.core.spec import digest
+from lowrank.run.prepare import directory_of
+from lowrank.run.settings import Settings
+from lowrank.run.sweep import PACKABLE
+
+#: Version of a pack's id; raised when equal trials would no longer continue it.
+PACK_VERSION = 1
+#: Leaves that say nothing about the compiled step, though trials may differ in them.
+_ASIDE = ("run.directory", "base.name")
+_MAX_NAMED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One job of a sweep.
+
+    Attributes:
+      number: Of the job.
+      settings: Checked.
+      overrides: The arguments it was composed with.
+      label: The arguments that tell it from the other jobs.
+    """
+
+    number: int
+    settings: Settings
+    overrides: tuple[str, ...]
+    label: str = ""
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Of the trial, whatever sweep it is in."""
+        return self.settings.trial_id
+
+    @functools.cached_property
+    def directory(self) -> Path:
+        """Where its record is."""
+        return directory_of(self.settings)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A hash of the static key: trials that agree in it may share a pack."""
+        return digest(static_key(self.settings), 12)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that was asked for; 0 where there is none."""
+        return self.settings.delta.get("rank") or 0
+
+
+def static_key(settings: Settings) -> dict[str, Any]:
+    """What all trials of a pack must have in common: leaves by dotted name.
+
+    Everything but `PACKABLE`: base, data, batches, schedule, targets, and whatever
+    else decides shapes or branches of the program, or what the pack does as a whole.
+    """
+    config = {name: part for name, part in settings.config.items() if name != "sweep"}
+    found = {}
+    for name, value in leaves(config).items():
+        if name == "optim.clip":
+            # No clipping is another program; any norm is a number to one program.
+            found[name] = "none" if value is None else "a norm"
+        elif not is_packable(name) and name not in _ASIDE:
+            found[name] = value
+    return found
+
+
+def is_packable(name: str) -> bool:
+    """Whether trials of one pack may differ in the leaf of this dotted name."""
+    return name in PACKABLE or f"{name.split('.')[0]}.*" in PACKABLE
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a config by dotted name.
+
+    `delta.ranks` is one leaf: its keys are patterns, whose order counts.
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if name == "delta.ranks" and isinstance(value, Mapping):
+            found[name] = [list(pair) for pair in value.items()]
+        elif isinstance(value, Mapping) and value:
+            found |= leaves(value, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
+def check_trials(trials: Sequence[Trial]) -> None:
+    """Refuses jobs that would be the same trial or would share a directory.
+
+    Raises:
+      BadInput: Two jobs have one id, or one directory.
+    """
+    ids: dict[str, Trial] = {}
+    directories: dict[Path, Trial] = {}
+    for trial in trials:
+        twin = ids.setdefault(trial.id, trial)
+        if twin is not trial:
+            differ = differences([twin, trial])
+            why = (
+                f"they differ only in {', '.join(differ)}, which changes no result"
+                if differ
+                else "they do not differ; repeat a trial with another seed"
+            )
+            raise BadInput(
+                f"jobs {twin.number} ({twin.label or 'no overrides'}) and "
+                f"{trial.number} ({trial.label or 'no overrides'}) are the same trial "
+                f"{trial.id}: {why}. Take one of them out of the sweep."
+            )
+        housemate = directories.setdefault(trial.directory, trial)
+        if housemate is not trial:
+            raise BadInput(
+                f"jobs {housemate.number} and {trial.number} would both live in "
+                f"{trial.directory}: in a sweep leave run.directory=null, and trials "
+                "are named by their ids"
+            )
+
+
+def differences(trials: Sequence[Trial]) -> list[str]:
+    """Names of the leaves in which trials differ, sorted."""
+    tables = [leaves(trial.settings.config) for trial in trials]
+    names = sorted(set().union(*tables))
+    missing = object()
+    return [
+        name
+        for name in names
+        if any(
+            table.get(name, missing) != tables[0].get(name, missing) for table in tables
+        )
+    ]
+
+
+def labelled(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials with labels: `optim.lr=0.001 seed=1`, naming only what differs."""
+    names = differences(trials)
+    found = []
+    for trial in trials:
+        own = leaves(trial.settings.config)
+        label = " ".join(f"{name}={own[name]}" for name in names if name in own)
+        found.append(dataclasses.replace(trial, label=label))
+    return found
+
+
+def groups(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Trials by static key, in the order in which keys first occur."""
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(trial.key, []).append(trial)
+    return list(found.values())
+
+
+def reasons_alone(trials: Sequence[Trial]) -> dict[str, str]:
+    """For every trial that has no company, by id: in what it differs from the nearest.
+
+    A sweep of one trial has no reason to give.
+    """
+    found: dict[str, str] = {}
+    tables = {trial.id: static_key(trial.settings) for trial in trials}
+    for group in groups(trials):
+        if len(group) > 1 or len(trials) == 1:
+            continue
+        (alone,) = group
+        mine = tables[alone.id]
+        odd = min(
+            (
+                [n for n in sorted(mine | other) if mine.get(n) != other.get(n)]
+                for id, other in tables.items()
+                if id != alone.id
+            ),
+            key=len,
+        )
+        named = ", ".join(f"{n}={mine.get(n)!r}" for n in odd[:_MAX_NAMED])
+        more = f" and {len(odd) - _MAX_NAMED} more" if len(odd) > _MAX_NAMED else ""
+        found[alone.id] = (
+            f"no other trial has its {named}{more}, which a pack cannot vary"
+        )
+    return found
+
+
+def pack_id(trials: Sequence[Trial]) -> str:
+    """A hash of a pack's composition, order included."""
+    return digest({"version": PACK_VERSION, "trials": [t.id for t in trials]}, 12)
+
+
+def deal(trials: Sequence[Trial], width: int) -> list[list[Trial]]:
+    """Trials of one static key as packs of at most `width`.
+
+    A pack's program depends on its number of trials and its largest rank, so both are
+    made as equal as may be: every pack gets as many trials as the others, one more or
+    less, where a few more packs come out even they are taken; and trials go round by
+    falling rank, which gives every pack one of the largest as long as there are enough.
+    A short last pack, which would compile once more for little work, does not occur.
+
+    Args:
+      trials: With one static key.
+      width: At least 1.
+    """
+    count = len(trials)
+    least = -(-count // width)
+    # Half as many packs again, at most: narrower packs share the base among fewer.
+    even = [n for n in range(least, least * 3 // 2 + 1) if count % n == 0]
+    num_packs = even[0] if even else least
+    falling = sorted(trials, key=lambda trial: -trial.rank)
+    packs = [falling[start::num_packs] for start in range(num_packs)]
+    return [sorted(pack, key=lambda trial: trial.number) for pack in packs]
+
+
+def halves(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """A pack that was too wide as two, again with equal programs where possible."""
+    return deal(trials, -(-len(trials) // 2))
+
+
+def program(trials: Sequence[Trial]) -> tuple[str, int, int]:
+    """What decides a pack's compiled step beside the shapes of its batches."""
+    return trials[0].key, len(trials), max(trial.rank for trial in trials)

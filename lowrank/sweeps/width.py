@@ -1,0 +1,114 @@
+"""How many trials fit into one pack: the compiler's estimate against the memory."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from lowrank.core import memory
+from lowrank.core.errors import BadInput
+from lowrank.run.settings import Settings
+from lowrank.run.sweep import SweepSpec
+from lowrank.sweeps.group import Trial
+
+logger = logging.getLogger(__name__)
+
+#: Bytes by width, for a pack with these settings; None where nothing is known.
+Memory = Callable[[Settings, Sequence[int]], Mapping[int, int | None]]
+#: Without `sweep.width`, no pack is wider: a lost pack loses the work of all its
+#: trials, and a device is full long before.
+WIDEST = 32
+#: The part of the memory that a step may fill. The rest is for what the estimate does
+#: not see: the interpreter, compiling, batches in flight, the best states' copies.
+SHARE_OF_HOST, SHARE_OF_DEVICE = 0.8, 0.9
+GIB = 2**30
+
+
+def remembered(needs: Memory) -> Memory:
+    """`needs`, asked once for every trial and width: each question is a compile."""
+    known: dict[tuple[str, int], int | None] = {}
+
+    def asked(settings: Settings, widths: Sequence[int]) -> Mapping[int, int | None]:
+        name = settings.trial_id
+        if new := [count for count in widths if (name, count) not in known]:
+            found = needs(settings, new)
+            known.update({(name, count): found[count] for count in new})
+        return {count: known[name, count] for count in widths}
+
+    return asked
+
+
+def memory_limit(spec: SweepSpec) -> tuple[int | None, str]:
+    """Bytes that one device's part of a pack may need, and who says so."""
+    if spec.memory_gib is not None:
+        return int(spec.memory_gib * GIB), "sweep.memory_gib"
+    device = jax.local_devices()[0]
+    told = device.memory_stats() or {}
+    if "bytes_limit" in told:
+        return int(told["bytes_limit"] * SHARE_OF_DEVICE), f"{device.device_kind}"
+    host = memory.limit()
+    if host is None:
+        return None, "nothing"
+    return int(host * SHARE_OF_HOST), "this machine or its control group"
+
+
+def width(trials: Sequence[Trial], spec: SweepSpec, needs: Memory) -> int:
+    """The largest number of these trials that one pack may hold.
+
+    A width that was asked for and does not fit is refused rather than reduced: on a CPU
+    nothing but the kernel's killer would say so later.
+
+    Args:
+      trials: With one static key.
+      spec: May set the width and the memory.
+      needs: Compiles a pack's step and reads its memory.
+
+    Raises:
+      BadInput: `sweep.width` trials need more memory than there is.
+    """
+    wanted = min(spec.width or WIDEST, len(trials))
+    if wanted == 1:
+        return 1
+    limit, source = memory_limit(spec)
+    if limit is None:
+        logger.warning(
+            "this system tells no memory limit: packs of %d are taken to fit; set "
+            "sweep.width or sweep.memory_gib",
+            wanted,
+        )
+        return wanted
+    largest = max(trials, key=lambda trial: trial.rank).settings
+    asked = dict(needs(largest, [wanted]))
+    if (whole := asked[wanted]) is None or whole <= limit:
+        return wanted
+    asked |= needs(largest, [1])
+    fits = _interpolate(asked, wanted, limit)
+    # All but linear in the width; where it is not, the compiler has the last word.
+    while fits > 1:
+        asked |= needs(largest, [fits])
+        if (found := asked[fits]) is None or found <= limit:
+            break
+        fits = min(fits - 1, _interpolate(asked, fits, limit))
+    if spec.width is not None:
+        raise BadInput(
+            f"sweep.width = {spec.width}: {wanted} trials need "
+            f"{(asked[wanted] or 0) / GIB:.2f} GiB and there are {limit / GIB:.2f} GiB "
+            f"({source}). Give at most {fits}, or null for as many as fit, a smaller "
+            "data.batching.batch_size, or more with sweep.memory_gib."
+        )
+    if fits == 1 and (asked[1] or 0) > limit:
+        logger.warning(
+            "one trial alone needs %.2f GiB of %.2f GiB (%s) by the compiler's "
+            "estimate; it is tried all the same",
+            (asked[1] or 0) / GIB,
+            limit / GIB,
+            source,
+        )
+    return fits
+
+
+def _interpolate(asked: Mapping[int, int | None], wide: int, limit: int) -> int:
+    """The width on the line through one trial and `wide` ones that meets the limit."""
+    one, many = asked[1] or 0, asked[wide] or 0
+    each = max((many - one) / (wide - 1), 1)
+    return max(1, min(wide - 1, 1 + int((limit - one) // each)))
