@@ -30,6 +30,8 @@ def composed(name, *overrides):
 def test_python_blocks_run_as_they_stand(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = ["data.rows_per_class=1", "optim.epochs=1", "track=local"]
+    # One bucket: one step to compile instead of four.
+    small += ["data.batching.buckets=[24]"]
     small += ["evaluate.latency=false", "evaluate.resamples=100"]
     run_trial(composed("config", *small, "run.directory=runs/first"))
     assert len(BLOCKS) == 3

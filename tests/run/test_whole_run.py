@@ -27,6 +27,8 @@ from lowrank.run.trial import run_trial
 from lowrank.sweeps.finalists import judge_test
 from lowrank.sweeps.load import best_row, load_sweep
 
+SLOW = pytest.mark.slow
+
 
 def estimates(scores):
     found = {name: value["estimate"] for name, value in scores["metrics"].items()}
@@ -351,7 +353,7 @@ def test_a_preview_counts_what_the_run_then_costs(finished, world):
     assert shown["sizes"]["trained_parameters"] == costs["trained_parameters"]
 
 
-@pytest.mark.parametrize("delta", ["head", "full"])
+@pytest.mark.parametrize("delta", ["head", pytest.param("full", marks=SLOW)])
 def test_head_and_full_training_are_runs_like_others(world, delta):
     directory = world.runs / delta
     lr = {"head": "optim.lr=0.05", "full": "optim.lr=0.003"}[delta]

@@ -38,7 +38,7 @@ def run(optims, seeds, batches, dropout):
     return state, np.array(losses)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_trials_in_a_pack_equal_trials_alone(dropout):
     seeds = [3, 1, 4]
     batches = [[toy.batch(10 * s + seed) for seed in seeds] for s in range(STEPS)]
