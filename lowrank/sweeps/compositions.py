@@ -13,10 +13,11 @@ and what was killed for being too wide is not tried again just because it is on 
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lowrank.core.errors import Corrupt
+from lowrank.io.files import cannot_write, unused
 from lowrank.io.seals import read_sealed, write_sealed
 from lowrank.sweeps.group import Trial, pack_id
 
@@ -36,20 +37,30 @@ class Compositions:
         """Takes the folder, which need not be there."""
         self.folder = folder
 
-    def begin(self, trials: Sequence[Trial]) -> tuple[str, Path]:
+    def begin(self, trials: Sequence[Trial], continued: bool) -> tuple[str, Path]:
         """Records a pack; its id and the folder of its checkpoints.
+
+        A pack that is not continued finds no checkpoint: one that is there, of a pack
+        whose trials were forced to start over, is moved aside.
 
         Raises:
           CannotWrite: The file system refused.
         """
         name = pack_id(trials)
         path = self.folder / f"{name}.json"
+        if not continued and saved(self.folder / name):
+            try:
+                (self.folder / name).rename(unused(f"{self.folder / name}.old"))
+            except OSError as error:
+                raise cannot_write(self.folder / name, error) from error
         if not path.exists():
             ids = [trial.id for trial in trials]
             write_sealed(path, {"schema": SCHEMA, "pack": name, "trials": ids})
         return name, self.folder / name
 
-    def begun(self, trials: Sequence[Trial]) -> list[list[Trial]]:
+    def begun(
+        self, trials: Sequence[Trial], anew: Collection[str] = ()
+    ) -> list[list[Trial]]:
         """Compositions of the packs to continue, those that have a checkpoint.
 
         A pack with a trial that is not in `trials` is not continued: the others have a
@@ -58,6 +69,7 @@ class Compositions:
 
         Args:
           trials: Of the sweep, finished or not.
+          anew: Ids of trials that start over, and their packs with them.
 
         Raises:
           Corrupt: A file is damaged.
@@ -66,7 +78,7 @@ class Compositions:
         found: list[list[Trial]] = []
         taken: set[str] = set()
         for name, ids in sorted(self._stored(), key=lambda one: len(one[1])):
-            if taken & set(ids) or not saved(self.folder / name):
+            if {*taken, *anew} & set(ids) or not saved(self.folder / name):
                 continue
             if strangers := [one for one in ids if one not in known]:
                 if any(one in known for one in ids):

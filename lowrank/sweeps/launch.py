@@ -135,7 +135,7 @@ def make_plan(
     sound = [t for t in trials if t.id not in known or known[t.id].error is None]
     packs = [
         Planned(pack, [t for t in pack if t.id not in known], continued=True)
-        for pack in Compositions(directory / PACKS).begun(sound)
+        for pack in Compositions(directory / PACKS).begun(sound, look.forced)
     ]
     packs = [pack for pack in packs if pack.todo]
     placed = {trial.id for pack in packs for trial in pack.todo} | known.keys()
@@ -150,9 +150,13 @@ class _Look:
     """Sees what a trial's directory holds; loads base and data only if it must.
 
     Trials of a sweep mostly share them, so their fingerprints are taken once.
+
+    Attributes:
+      forced: Ids of trials that start over, because run.force=true.
     """
 
     def __init__(self) -> None:
+        self.forced: set[str] = set()
         self._identities: dict[str, Mapping[str, str]] = {}
 
     def __call__(self, trial: Trial) -> Outcome | None:
@@ -175,7 +179,10 @@ class _Look:
             with Record.open(directory, **facts):
                 return Outcome(result, None)
         except (Corrupt, CannotWrite) as error:
-            return None if settings.run.force else Outcome(None, error)
+            if not settings.run.force:
+                return Outcome(None, error)
+            self.forced.add(trial.id)
+            return None
 
     def _identity(self, settings: Settings) -> Mapping[str, str]:
         parts = [settings.config[name] for name in ("base", "data")]
@@ -246,7 +253,7 @@ def _run(
         if len(todo) > fits.get(todo[0].key, len(todo)):
             queue.extendleft(_halved(pack))
             continue
-        name, folder = compositions.begin(pack.trials)
+        name, folder = compositions.begin(pack.trials, pack.continued)
         for trial in todo:
             board.tell(trial, "running", pack=name)
         logger.info(

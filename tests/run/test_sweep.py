@@ -55,6 +55,7 @@ class FakePack:
 
     Attributes:
       packs: (lr, seed) of the trials of every pack that was run.
+      restored: Whether those that came so far found a checkpoint.
       widest: With more trials than this, the device is out of memory.
       fails, refuses, bugs: Seeds of trials that are not finite, or whose whole pack is
         refused or ends by a bug.
@@ -62,7 +63,7 @@ class FakePack:
     """
 
     def __init__(self):
-        self.packs = []
+        self.packs, self.restored = [], []
         self.widest, self.die_after = 99, None
         self.fails, self.refuses, self.bugs, self.stops = set(), set(), set(), set()
 
@@ -78,6 +79,7 @@ class FakePack:
             raise BadInput("one of these trials cannot be")
         if seeds & self.bugs:
             raise ZeroDivisionError("a bug")
+        self.restored.append((folder / "3").exists())
         (folder / "3").mkdir(parents=True, exist_ok=True)
         if seeds & self.stops:
             raise Preempted("stopped by SIGTERM")
@@ -92,7 +94,10 @@ class FakePack:
         found = {"accuracy": {"estimate": settings.optim.lr}}
         result = {"scores": {"validation": {"metrics": found}}}
         with Record.open(
-            directory_of(settings), config=settings.config, identity=identity
+            directory_of(settings),
+            config=settings.config,
+            identity=identity,
+            force=settings.run.force,
         ) as record:
             record.result(result)
         return Outcome(result, None)
@@ -249,6 +254,7 @@ def test_after_a_kill_packs_go_on_with_their_recorded_composition(sweep, died_af
     code, said = sweep(pack, "sweep.width=2")
     assert code == 0, said
     assert pack.packs[1:] == [before[died_after:]]
+    assert pack.restored == [False, True]
     assert f"{died_after} finished" in said or "continuing pack" in said
 
 
@@ -296,6 +302,7 @@ def test_damaged_and_foreign_directories_are_refused_and_the_rest_run(sweep, tmp
     code, said = sweep(pack, "sweep.name=mine", "run.force=true", grid=grid)
     assert code == 0, said
     assert len(pack.packs[2]) == 2, "moved aside, and started over"
+    assert pack.restored == [False, False, False]
 
 
 def test_a_trial_that_another_process_writes_is_left_to_it(sweep, tmp_path):
