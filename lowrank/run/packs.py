@@ -52,7 +52,7 @@ class Outcome:
     """What became of one trial: its result, or why it has none."""
 
     result: Mapping[str, Any] | None
-    error: LowrankError | None = None
+    error: Exception | None = None
 
 
 def run_pack(

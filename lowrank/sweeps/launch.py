@@ -329,7 +329,8 @@ def _with_directories(
     """Makes every trial's directory, so that a crash leaves evidence of what was meant.
 
     A trial whose directory cannot be written, or is being written by another process,
-    has failed; the others of its pack are run, together.
+    has failed; the others of its pack are run, together, unless the pack was begun:
+    then they wait for it.
     """
     packs = []
     for pack in plan.packs:
