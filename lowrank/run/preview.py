@@ -14,7 +14,7 @@ from lowrank.run.prepare import Prepared, site_rows, sizes
 from lowrank.sharding import batch_shapes, replicated
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
-from lowrank.train.pack import over_trials
+from lowrank.train.pack import jitted, over_trials
 from lowrank.train.penalties import impose
 from lowrank.train.step import make_step
 
@@ -26,15 +26,17 @@ class Lowered:
     Attributes:
       packed: The step as a function.
       shapes: What it is called with: the base, the state, a batch.
+      sharding: Of the state.
     """
 
     packed: Callable[..., Any]
     shapes: tuple[Any, ...]
+    sharding: jax.sharding.Sharding
 
     def costs(self) -> dict[str, Any]:
         """Compiles the step and reads what it takes; see `compiled_cost`."""
-        jitted = jax.jit(self.packed, donate_argnums=1)
-        compiled = jitted.lower(*self.shapes).compile()
+        program = jitted(self.packed, self.sharding)
+        compiled = program.lower(*self.shapes).compile()
         return compiled_cost(compiled, jaxpr_flops(self.packed, *self.shapes))
 
 
@@ -63,7 +65,8 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
         for name, array in largest.items()
     }
     batch = batch_shapes(wide, mesh, 1)
-    return Lowered(over_trials(step, num_trials), (frozen, state, batch))
+    packed = over_trials(step, num_trials)
+    return Lowered(packed, (frozen, state, batch), replicated(mesh))
 
 
 def preview(prepared: Prepared) -> dict[str, Any]:

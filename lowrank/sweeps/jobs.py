@@ -5,13 +5,15 @@ return value or its exception. One thing they cannot see: `on_job_start` comes a
 training, for the jobs of a pack are told one after another when the pack has ended.
 """
 
+import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import (
     JobReturn,
@@ -22,6 +24,7 @@ from hydra.core.utils import (
 )
 from hydra.errors import CompactHydraException
 from hydra.types import HydraContext, TaskFunction
+from jax.experimental.compilation_cache import compilation_cache
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lowrank.core.errors import BadInput, LowrankError, exit_code, gravest
@@ -32,7 +35,9 @@ from lowrank.run.packs import Outcome
 from lowrank.run.settings import read
 from lowrank.sweeps.dry import show_plan
 from lowrank.sweeps.group import Trial, labelled
-from lowrank.sweeps.launch import Packing, make_plan, run_plan
+from lowrank.sweeps.launch import PACKS, Packing, make_plan, run_plan
+from lowrank.sweeps.load import load_sweep
+from lowrank.sweeps.results import send_summary, show_results, write_results
 from lowrank.sweeps.width import remembered
 from lowrank.train.guard import interruptible
 
@@ -80,7 +85,7 @@ def launch(
     course.started = True
     directory = local_path(str(config.hydra.sweep.dir))
     try:
-        with interruptible():
+        with interruptible(), _compiled_once(directory / PACKS / "compiled"):
             _redact_multirun(directory, config)
             logger.info("composing %d jobs", len(job_overrides))
             jobs = [
@@ -99,6 +104,10 @@ def launch(
                 show_plan(plan, packing.memory, spec)
                 return [_returned(job) for job in jobs]
             outcomes = run_plan(plan, directory, packing, spec)
+            sweep = load_sweep(directory)
+            write_results(sweep)
+            show_results(sweep)
+            send_summary(sweep, trials[0].settings.track, directory.name)
     except LowrankError as error:
         end(error)
     codes = [exit_code(o.error) for o in outcomes.values() if o.error is not None]
@@ -142,7 +151,10 @@ def _trial(job: DictConfig, directory: Path) -> Trial:
         raise BadInput("run.preview is for one run; of a sweep, sweep.dry_run=true")
     if run.get("root") is None:
         run["root"] = str(directory)
-    settings = read({**given, "run": run})
+    track = dict(given.get("track") or {})
+    if track.get("group") is None:
+        track["group"] = directory.name
+    settings = read({**given, "run": run, "track": track})
     overrides = OmegaConf.to_container(job.hydra.overrides.task)
     assert isinstance(overrides, list)
     return Trial(job.hydra.job.num, settings, tuple(map(str, overrides)))
@@ -188,6 +200,25 @@ def _returned(job: DictConfig) -> JobReturn:
     )
     returned.return_value = None
     return returned
+
+
+@contextlib.contextmanager
+def _compiled_once(folder: Path) -> Iterator[None]:
+    """Keeps compiled programs on disk, where the user has not said so already.
+
+    Packs of one kind, the estimate of their memory and a line that is given again then
+    compile each step once.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 def _redact_multirun(directory: Path, config: DictConfig) -> None:

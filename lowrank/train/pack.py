@@ -51,6 +51,11 @@ def over_trials(step: Callable, num_trials: int) -> Callable:
     return packed
 
 
+def jitted(packed: Callable, sharding: jax.sharding.Sharding) -> Any:
+    """A pack's step to be lowered: the state is donated and comes out as it went in."""
+    return jax.jit(packed, donate_argnums=1, out_shardings=sharding)
+
+
 def _but_step(change: Callable[[Array], Array], fields: Mapping[str, Any]):
     """Every array changed but the step counter, which all trials share."""
     return {
@@ -96,11 +101,11 @@ class Pack:
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.shapes = {_key(batch): batch for batch in shapes}
         self.packed = over_trials(step, num_trials)
-        jitted = jax.jit(self.packed, donate_argnums=1, out_shardings=sharding)
+        program = jitted(self.packed, sharding)
         give_back()
         began = time.perf_counter()
         for key, batch in self.shapes.items():
-            self.compiled[key] = jitted.lower(frozen, state, batch).compile()
+            self.compiled[key] = program.lower(frozen, state, batch).compile()
             logger.info("compiled the step for batches of shape %s", key)
         self.compile_seconds = time.perf_counter() - began
         give_back()

@@ -422,7 +422,6 @@ def test_a_dry_run_without_the_launcher_trains_nothing(sweep):
     assert "-m hydra/launcher=packed" in said
 
 
-@pytest.mark.slow
 def test_four_trials_trained_for_real(sweep, world):
     small = ("delta.rank=4", "optim.epochs=1", "data.batching.buckets=[16]")
     code, said = sweep(run_pack, *small, memory=pack_memory)
