@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 NEWEST ?= python3.13
 
-.PHONY: demo test test-full test-faults docs-faults test-newest parity foreign docs-models notebooks lint bench clean
+.PHONY: demo test test-full test-faults docs-faults test-newest parity foreign docs-models notebooks lint bench bench-sweep clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +69,10 @@ lint: $(VENV)/.made
 
 bench: $(VENV)/.parity
 	$(BIN)/python -m experiments.bench
+
+# Many short trials: a process each, one by one, packed, halved, and PEFT.
+bench-sweep: $(VENV)/.parity
+	$(BIN)/python -m experiments.bench.sweep
 
 clean:
 	rm -rf $(VENV) build dist
