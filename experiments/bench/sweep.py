@@ -226,8 +226,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         "# Many short trials, five ways",
         "",
-        f"`make bench-sweep`: {report['trials']} trials of MiniLM, LoRA of four ranks x "
-        f"two rates x three seeds, {report['steps']} steps of 256 tokens each, whole "
+        f"`make bench-sweep`: {report['trials']} trials of MiniLM, LoRA of four ranks "
+        f"x two rates x three seeds, {report['steps']} steps of 256 tokens each, whole "
         f"commands. {machine['cpu']}, {machine['num_threads']} of "
         f"{machine['num_cpus']} cores; load {machine['load_before']:.1f} before, "
         f"{machine['load_after']:.1f} after.",
