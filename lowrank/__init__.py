@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lowrank.deltas.lora import LoRA
     from lowrank.run.fit import fit
     from lowrank.run.stored import load_run, predict
+    from lowrank.sweeps.load import load_sweep
 
 _HOMES = {
     "Adapted": "lowrank.adapt.attach",
@@ -28,6 +29,7 @@ _HOMES = {
     "fit": "lowrank.run.fit",
     "from_nnx": "lowrank.adapt.nnx",
     "load_run": "lowrank.run.stored",
+    "load_sweep": "lowrank.sweeps.load",
     "predict": "lowrank.run.stored",
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "fit",
     "from_nnx",
     "load_run",
+    "load_sweep",
     "predict",
 ]
 

@@ -46,8 +46,11 @@ def test_python_blocks_run_as_they_stand(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands_compose(command):
     door, overrides = command[2].split(".")[1], named_bases(command[3:])
-    overrides = [unquoted_keys(one) for one in overrides]
-    name = door if door in ("evaluate", "sites") else "config"
+    overrides = [unquoted_keys(one) for one in overrides if one != "-m"]
+    if "-m" in command[3:]:
+        # The first trial of the sweep.
+        overrides = [one.split(",")[0] for one in overrides]
+    name = door if door in ("evaluate", "report", "sites") else "config"
     config = composed(name, *overrides)
     if door == "train":
         assert read(config).trial_id
