@@ -107,7 +107,8 @@ def launch(
             sweep = load_sweep(directory)
             write_results(sweep)
             show_results(sweep)
-            send_summary(sweep, trials[0].settings.track, directory.name)
+            if plan.packs:
+                send_summary(sweep, trials[0].settings.track, directory.name)
     except LowrankError as error:
         end(error)
     codes = [exit_code(o.error) for o in outcomes.values() if o.error is not None]

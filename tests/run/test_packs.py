@@ -12,22 +12,18 @@ from lowrank.run.packs import run_pack
 from lowrank.run.settings import read
 from lowrank.run.stored import load_run
 
-#: What sets the trials apart: rank, scale, rates, seeds; the first is the smallest.
+#: What sets the trials apart; the first has less of everything.
 DIFFERENT = (
     ["delta.rank=2", "seed=3"],
-    ["delta.rank=5", "seed=4", "delta.alpha=8", "delta.dropout=0.2", "optim.lr=0.01"],
-    [
-        "delta.rank=3",
-        "seed=3",
-        "delta.scaling=rsqrt",
-        "optim.weight_decay=0.1",
-        "delta.rank_dropout=0.3",
-        "penalty.frobenius=0.01",
-    ],
-)
+    ["delta.rank=5", "seed=4", "delta.alpha=8", "delta.scaling=rsqrt",
+     "delta.dropout=0.2", "delta.rank_dropout=0.3", "optim.lr=0.01",
+     "optim.weight_decay=0.1", "penalty.frobenius=0.01"],
+)  # fmt: skip
 
 
 def trials(world, where, *common, differ=DIFFERENT):
+    # One bucket, no test split, few steps: what differs is what is looked at.
+    common = ("data.batching.buckets=[16]", *common)
     return [
         read(world.config(f"run.directory={where}/{n}", *common, *own))
         for n, own in enumerate(differ)
@@ -120,16 +116,15 @@ def test_a_trial_that_fails_or_stops_harms_no_other(world, alone, monkeypatch):
 
     monkeypatch.setattr(TrainPipeline, "batch_at", poisoned)
     where = world.runs / "poisoned"
-    first, bad, last = run_pack(trials(world, where), folder=where / "packs" / "one")
+    good, bad = run_pack(trials(world, where), folder=where / "packs" / "one")
     assert isinstance(bad.error, NonFinite)
     assert "step 5" in str(bad.error)
     status = json.loads((where / "1" / "status.json").read_text())
     assert (status["status"], "step 5" in status["reason"]) == ("failed", True)
     assert not (where / "1" / "result.json").exists()
-    for n, found in ((0, first), (2, last)):
-        assert found.result["steps"] == results[n]["steps"]
-        one, other = (predictions(w / str(n), "test") for w in (here, where))
-        np.testing.assert_allclose(other["logits"], one["logits"], atol=1e-3)
+    assert good.result["steps"] == results[0]["steps"]
+    one, other = (predictions(w / "0", "test") for w in (here, where))
+    np.testing.assert_allclose(other["logits"], one["logits"], atol=1e-3)
 
 
 def test_what_cannot_share_a_program_is_refused(world, tmp_path):

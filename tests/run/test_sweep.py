@@ -87,7 +87,7 @@ class FakePack:
         return [self.finish(at, one) for at, one in enumerate(settings)]
 
     def finish(self, at, settings):
-        if (directory_of(settings) / "result.json").exists():
+        if not settings.run.force and (directory_of(settings) / "result.json").exists():
             return Outcome(load_record(directory_of(settings)).result, None)
         if at == self.die_after:
             raise Killed
@@ -323,7 +323,8 @@ def test_a_trial_that_another_process_writes_is_left_to_it(sweep, tmp_path):
     code, said = sweep(pack)
     lock.release()
     assert code == CANNOT_WRITE
-    assert len(pack.packs[-1]) == 3, "of a pack to begin, the others run"
+    assert len(pack.packs[-1]) < 4, "of a pack to begin, the others run"
+    assert "1 failed" in said
     count = len(pack.packs)
     lock = Lock(only_sweep(tmp_path))
     code, said = sweep(pack)
