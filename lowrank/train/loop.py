@@ -102,9 +102,14 @@ def fresh(num_trials: int) -> dict[str, Any]:
     return {"position": 0, **{name: each(value) for name, value in own.items()}}
 
 
-def finished(memory: Mapping[str, Any], num_steps: int) -> bool:
-    """Whether nothing is left to train: no step, or no trial that has not ended."""
-    return memory["position"] >= num_steps or all(memory["ended"])
+def finished(memory: Mapping[str, Any], until: int) -> bool:
+    """Whether nothing is left to train: no step, or no trial that has not ended.
+
+    Args:
+      memory: The loop's.
+      until: The step at which training ends, or pauses.
+    """
+    return memory["position"] >= until or all(memory["ended"])
 
 
 class Loop:
@@ -132,24 +137,33 @@ class Loop:
         self._pending: tuple[int, tuple[int, ...], Any] | None = None
         self._clock = 0.0
         self._saved = -1
+        self._until = batches.num_steps
 
     def run(
-        self, state: TrainState, memory: Mapping[str, Any]
+        self,
+        state: TrainState,
+        memory: Mapping[str, Any],
+        until: int | None = None,
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Trains to the end.
+        """Trains to the end, or to a validation before it.
 
         Args:
           state: Fresh, or restored.
           memory: From `fresh`, or what was saved with the state.
+          until: The step to pause at, saved; None: the end. What comes after a pause is
+            what would have come without it, for only a step with a validation is taken:
+            its numbers are read, logged and saved in any case.
 
         Returns:
           The final state, and the final memory: it tells which trials ended early.
 
         Raises:
+          BadInput: There is no validation at `until`.
           NonFinite: The policy ended the last trial, and all others before it.
           Preempted: A signal came; the state has been saved.
         """
         memory = copy.deepcopy(dict(memory))
+        self._until = self._checked(until)
         with StopSignal() as stop:
             while not self._finished(memory):
                 state, memory, again = self._stretch(state, memory, stop)
@@ -160,7 +174,24 @@ class Loop:
         return state, memory
 
     def _finished(self, memory: Mapping[str, Any]) -> bool:
-        return finished(memory, self._batches.num_steps)
+        return finished(memory, self._until)
+
+    def _checked(self, until: int | None) -> int:
+        """Where to end.
+
+        Raises:
+          BadInput: There is no validation.
+        """
+        end = self._batches.num_steps
+        if until is None or until == end:
+            return end
+        validated = self._events.evaluate and not until % self._evaluate_every
+        if not (validated and 0 < until < end):
+            raise BadInput(
+                f"training pauses at a validation, and step {until} of {end} has none: "
+                f"they come every {self._evaluate_every} steps (loop.evaluate_every)"
+            )
+        return until
 
     def _stretch(self, state: TrainState, memory: dict[str, Any], stop: StopSignal):
         """Steps until the end or a rollback; returns whether to go on."""
