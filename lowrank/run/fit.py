@@ -39,7 +39,7 @@ from lowrank.sharding import (
 )
 from lowrank.train import state as states
 from lowrank.train.guard import NonFinitePolicy
-from lowrank.train.loop import Events, Loop, LoopSpec, finished, fresh
+from lowrank.train.loop import Events, Loop, LoopSpec, check_pause, finished, fresh
 from lowrank.train.losses import Loss, cross_entropy
 from lowrank.train.optim import AdamW
 from lowrank.train.pack import Pack
@@ -165,6 +165,8 @@ def fit(
             Checkpoints(Path(directory), identity={**own, **(identity or {})})
         )
     check_plan(batches, validation, optims, seeds, devices, loop)
+    every = loop.evaluate_every or batches.steps_per_epoch
+    check_pause(until, batches.num_steps, every if validation else None)
     if non_finite.action == "rollback" and storage is None:
         raise BadInput("non_finite.action=rollback needs a directory to roll back to")
     if len(penalties) != len(seeds):

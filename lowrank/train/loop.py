@@ -112,6 +112,29 @@ def finished(memory: Mapping[str, Any], until: int) -> bool:
     return memory["position"] >= until or all(memory["ended"])
 
 
+def check_pause(until: int | None, num_steps: int, every: int | None) -> None:
+    """Refuses to pause where there is no validation.
+
+    At a validation a step's numbers are read, logged and saved in any case, so what
+    comes after a pause is what would have come without it.
+
+    Args:
+      until: The step to pause at; None: none.
+      num_steps: Of the whole training.
+      every: Steps between validations; None: there are none.
+
+    Raises:
+      BadInput: There is no validation at `until`, or training has ended by then.
+    """
+    if until is None or (every and 0 < until < num_steps and not until % every):
+        return
+    raise BadInput(
+        f"training pauses at a validation, and step {until} of {num_steps} has none: "
+        + (f"they come every {every} steps" if every else "there is no such split")
+        + " (loop.evaluate_every)"
+    )
+
+
 class Loop:
     """Runs a pack over its data from wherever it was left.
 
@@ -150,20 +173,17 @@ class Loop:
         Args:
           state: Fresh, or restored.
           memory: From `fresh`, or what was saved with the state.
-          until: The step to pause at, saved; None: the end. What comes after a pause is
-            what would have come without it, for only a step with a validation is taken:
-            its numbers are read, logged and saved in any case.
+          until: The step to pause at, saved, see `check_pause`; None: the end.
 
         Returns:
           The final state, and the final memory: it tells which trials ended early.
 
         Raises:
-          BadInput: There is no validation at `until`.
           NonFinite: The policy ended the last trial, and all others before it.
           Preempted: A signal came; the state has been saved.
         """
         memory = copy.deepcopy(dict(memory))
-        self._until = self._checked(until)
+        self._until = self._batches.num_steps if until is None else until
         with StopSignal() as stop:
             while not self._finished(memory):
                 state, memory, again = self._stretch(state, memory, stop)
@@ -175,23 +195,6 @@ class Loop:
 
     def _finished(self, memory: Mapping[str, Any]) -> bool:
         return finished(memory, self._until)
-
-    def _checked(self, until: int | None) -> int:
-        """Where to end.
-
-        Raises:
-          BadInput: There is no validation.
-        """
-        end = self._batches.num_steps
-        if until is None or until == end:
-            return end
-        validated = self._events.evaluate and not until % self._evaluate_every
-        if not (validated and 0 < until < end):
-            raise BadInput(
-                f"training pauses at a validation, and step {until} of {end} has none: "
-                f"they come every {self._evaluate_every} steps (loop.evaluate_every)"
-            )
-        return until
 
     def _stretch(self, state: TrainState, memory: dict[str, Any], stop: StopSignal):
         """Steps until the end or a rollback; returns whether to go on."""
