@@ -344,7 +344,7 @@ def _show(
     board: Board, trial: Trial, outcome: Outcome, packing: Packing, first: str = ""
 ) -> None:
     if outcome.cut:
-        board.tell(trial, "cut", outcome.cut)
+        board.tell(trial, "cut", outcome.cut.removeprefix("cut "))
     elif outcome.paused:
         board.tell(trial, "waiting", f"saved at step {outcome.paused}")
     elif outcome.result is None:
