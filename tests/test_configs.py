@@ -15,7 +15,7 @@ from lowrank.run import judge
 from lowrank.run.door import CONF, resolve
 from lowrank.run.settings import BaseSpec, Evaluation, RunSpec, read
 from lowrank.run.survey import Survey
-from lowrank.run.sweep import SweepSpec
+from lowrank.run.sweep import Halving, SweepSpec
 from lowrank.sharding import MeshSpec
 from lowrank.sweeps.report import ReportSpec
 from lowrank.track import Track
@@ -29,6 +29,7 @@ GROUPS = {
     "evaluate": Evaluation,
     "mesh": MeshSpec,
     "penalty": Penalties,
+    "sweep": SweepSpec,
     "track": Track,
 }
 CATALOGUES = {"data": DATA, "delta": DELTAS, "optim": OPTIMIZERS}
@@ -79,6 +80,8 @@ def test_a_file_shows_every_field_and_no_other(path):
     assert set(content(path)) == fields(path)
     if path.parent.name == "data":
         assert set(content(path)["batching"]) == set(fields_of(Batching))
+    if str(path) == "sweep/halving.yaml":
+        assert set(content(path)["halving"]) == set(fields_of(Halving))
 
 
 def test_every_name_of_a_catalogue_has_a_file():
@@ -93,7 +96,6 @@ def test_the_main_file_shows_every_field_of_its_own_groups():
         "loop": LoopSpec,
         "non_finite": NonFinitePolicy,
         "run": RunSpec,
-        "sweep": SweepSpec,
     }.items():
         assert set(config[name]) == set(fields_of(cls)), name
     chosen = {next(iter(one)) for one in config["defaults"] if isinstance(one, dict)}
@@ -137,6 +139,8 @@ def test_defaults_in_files_are_the_defaults_in_code():
     assert settings.non_finite == NonFinitePolicy()
     assert settings.run == RunSpec()
     assert settings.sweep == SweepSpec()
+    halving = read(composed("config", "sweep=halving")).sweep
+    assert halving == SweepSpec(halving=Halving())
     assert settings.mesh == MeshSpec()
     assert settings.evaluate == Evaluation()
     assert settings.optim == OPTIMIZERS["adamw"]()

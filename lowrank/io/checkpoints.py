@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.arrays import PyTree
@@ -249,6 +250,41 @@ class Checkpoints:
             f"no undamaged checkpoint in {self.directory}: {'; '.join(reasons)}. Copy "
             "one back from elsewhere, or start over with force=true."
         )
+
+    def read(self, step: int) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """The leaves of a step as they were stored, whatever their shapes, and `extra`.
+
+        Raises:
+          Corrupt: The step is damaged or gone, belongs to another run, or has another
+            layout.
+        """
+        self.wait()
+        path = self.directory / str(step)
+        try:
+            record = self._read(step)
+        except OtherLayout as error:
+            raise Corrupt(f"{path} {error}.") from None
+        except Unreadable as error:
+            raise Corrupt(
+                f"{path} cannot be read: its list of hashes: {error}"
+            ) from None
+        self._check_identity(step, record)
+        wanted = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape,
+                jnp.dtype(leaf.dtype)
+                if leaf.key_impl is None
+                else jax.random.key(0, impl=leaf.key_impl).dtype,
+            )
+            for name, leaf in record.leaves.items()
+        }
+        found = load(path, record, wanted)
+        if isinstance(found, str):
+            raise Corrupt(
+                f"{path} is damaged: {found}. Copy it back from elsewhere, or start "
+                "over with force=true."
+            )
+        return found, dict(record.extra)
 
     def _begin(self, save: _Save) -> None:
         directory = self.directory / str(save.step)

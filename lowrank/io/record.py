@@ -1,6 +1,6 @@
 """The run directory, as written: one trial, one writer, every file whole or absent.
 
-    status.json        schema, identity, running | done | failed | preempted and why
+    status.json        schema, identity, running | done | failed | preempted | cut, why
     config.yaml        as resolved, without secrets
     environment.json   of the last attempt; environment-1.json of the first, and so on
     metrics.jsonl      see `lowrank.track.jsonl`

@@ -29,6 +29,8 @@ from lowrank.run.settings import ASIDE
 from lowrank.train.guard import end_at_next_signal
 
 _QUOTED_KEY = re.compile(r"""(?:"([^"]+)"|'([^']+)')\s*:""")
+#: Arguments of the group sweep that change what becomes of trials.
+_HALVES = re.compile(r"\+*sweep(=halving$|\.halving)")
 CONF = Path(__file__).parents[2] / "conf"
 
 
@@ -70,10 +72,16 @@ def command(
         log_to_stderr()
         try:
             given = resolve(config)
-            if (given.get("sweep") or {}).get("dry_run"):
+            sweep = given.get("sweep") or {}
+            if sweep.get("dry_run"):
                 raise BadInput(
                     "sweep.dry_run=true shows what a packed sweep would do: give "
                     "-m hydra/launcher=packed with it, or run.preview=true for one run"
+                )
+            if sweep.get("halving"):
+                raise BadInput(
+                    "sweep=halving cuts trials of a packed sweep: give "
+                    "-m hydra/launcher=packed with it, or sweep=default for one run"
                 )
             return task(given, list(HydraConfig.get().overrides.task))
         except LowrankError as error:
@@ -115,12 +123,13 @@ def name_sweep(arguments: Sequence[str]) -> None:
 
     Where no name is given it is a hash of the arguments that say what is done, in any
     order: the same line finds the same directory, also with sweep.dry_run=true, another
-    launcher or another tracker.
+    launcher or another tracker. Halving is part of what is done.
     """
     asks = []
     for argument in arguments:
         group = re.split(r"[./=@:]", argument.lstrip("+~"), maxsplit=1)[0]
-        if not argument.startswith("-") and group not in ("hydra", *ASIDE):
+        aside = group in ("hydra", *ASIDE) and not _HALVES.match(argument)
+        if not argument.startswith("-") and not aside:
             asks.append(argument)
     name = digest(sorted(asks), 12)
     OmegaConf.register_new_resolver(

@@ -21,13 +21,14 @@ from lowrank.adapt.attach import Adapted
 from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import digest
-from lowrank.core.trees import fingerprint, flatten
+from lowrank.core.trees import fingerprint
 from lowrank.cost.measure import StepTimer
 from lowrank.data.pipeline import TrainPipeline
 from lowrank.evaluate.metrics import STANDARD, Rows, Tally
 from lowrank.evaluate.score import numbers, score_trials
 from lowrank.io.checkpoints import Checkpoints
 from lowrank.run.forward import Batch, Forward, inputs_of, on_inputs
+from lowrank.run.storage import Storage
 from lowrank.sharding import (
     MeshSpec,
     batch_shapes,
@@ -36,10 +37,9 @@ from lowrank.sharding import (
     replicate,
     replicated,
 )
-from lowrank.track.jsonl import JsonlTracker
 from lowrank.train import state as states
 from lowrank.train.guard import NonFinitePolicy
-from lowrank.train.loop import Events, Loop, LoopSpec, finished, fresh
+from lowrank.train.loop import Events, Loop, LoopSpec, check_pause, finished, fresh
 from lowrank.train.losses import Loss, cross_entropy
 from lowrank.train.optim import AdamW
 from lowrank.train.pack import Pack
@@ -68,6 +68,8 @@ class Fit:
       validated: Whether a validation split chose the best state.
       ended: Of each trial that did not train to the last step: {"step", "why",
         "failed"}; None of the others.
+      paused: The step at which the others wait, as `until` said; None if there is no
+        step left.
     """
 
     adapted: Adapted
@@ -78,6 +80,7 @@ class Fit:
     pack: Pack | None
     validated: bool
     ended: tuple[Mapping[str, Any] | None, ...]
+    paused: int | None = None
 
     def trained(self, trial: int = 0) -> Trained:
         """A trial's trained tree: the best validated one, else the last."""
@@ -97,42 +100,6 @@ class Fit:
         return np.asarray(self.forward(self.chosen, self.state.dials, batch))
 
 
-@dataclasses.dataclass
-class Storage:
-    """Checkpoints of a pack, and how far the metrics files had come with each.
-
-    Attributes:
-      checkpoints: Where states go.
-      metrics: One file per trial; None of a trial whose record is closed already.
-    """
-
-    checkpoints: Checkpoints
-    metrics: Sequence[JsonlTracker | None] = ()
-
-    def save(self, position: int, state: TrainState, memory: Mapping[str, Any]) -> None:
-        leaves, _ = flatten(state)
-        marks = [
-            file and {"offset": file.offset(), "sha256": file.sha256()}
-            for file in self.metrics
-        ]
-        extra = {"memory": dict(memory), "metrics": marks}
-        self.checkpoints.save(position, leaves, extra)
-
-    def restore(self, like: TrainState) -> tuple[TrainState, Mapping[str, Any]]:
-        leaves, structure = flatten(like)
-        _, stored, extra = self.checkpoints.restore(leaves)
-        for file, mark in zip(self.metrics, extra["metrics"], strict=True):
-            if file and mark:
-                file.truncate(mark["offset"], mark["sha256"])
-        return structure.unflatten(stored), extra["memory"]
-
-    def start_over(self) -> None:
-        """Empties the metrics files: what stands in them belongs to no checkpoint."""
-        for file in self.metrics:
-            if file:
-                file.truncate(0)
-
-
 def fit(
     adapted: Adapted,
     batches: TrainPipeline,
@@ -147,6 +114,7 @@ def fit(
     identity: Mapping[str, str] | None = None,
     mesh: MeshSpec = MeshSpec(),
     loop: LoopSpec = LoopSpec(),
+    until: int | None = None,
     non_finite: NonFinitePolicy = NonFinitePolicy(),
     log: Log | None = None,
     storage: Storage | None = None,
@@ -172,6 +140,8 @@ def fit(
         which are always compared.
       mesh: Devices.
       loop: When things happen.
+      until: The step of a validation to pause at, saved; None: train to the end.
+        Schedules are those of the whole training in any case.
       non_finite: What to do about a step that is not finite.
       log: Receives metrics, one dict per trial.
       storage: Instead of `directory`: checkpoints and the metrics file's length.
@@ -195,6 +165,8 @@ def fit(
             Checkpoints(Path(directory), identity={**own, **(identity or {})})
         )
     check_plan(batches, validation, optims, seeds, devices, loop)
+    every = loop.evaluate_every or batches.steps_per_epoch
+    check_pause(until, batches.num_steps, every if validation else None)
     if non_finite.action == "rollback" and storage is None:
         raise BadInput("non_finite.action=rollback needs a directory to roll back to")
     if len(penalties) != len(seeds):
@@ -212,9 +184,9 @@ def fit(
     state = replicate(state, devices)
     forward = Forward(model, frozen, devices)
     memory: Mapping[str, Any] = {**fresh(len(seeds)), "data": batches.state(0)}
-    if storage is not None and storage.checkpoints.stored_steps():
+    if storage is not None and storage.begun:
         alive("restore")
-        state, memory = storage.restore(state)
+        state, memory = storage.resume(state, memory)
         batches.check_state(memory["data"])
         logger.info("continuing at step %d", memory["position"])
     elif storage is not None:
@@ -223,7 +195,7 @@ def fit(
             storage.save(0, state, memory)
     timer = StepTimer()
     pack = None
-    if not finished(memory, batches.num_steps):
+    if not finished(memory, until or batches.num_steps):
         alive("compilation")
         step = make_step(
             model, loss, optims[0], batches.num_steps, adapted.draws, adapted.active,
@@ -260,10 +232,14 @@ def fit(
             runner = Loop(
                 pack, batches, events, loop, non_finite, batches.steps_per_epoch
             )
-            state, memory = runner.run(state, memory)
+            state, memory = runner.run(state, memory, until)
             alive("last checkpoint")
     ended = tuple(memory["ended"])
-    return Fit(adapted, frozen, state, forward, timer, pack, bool(validation), ended)
+    here = memory["position"]
+    return Fit(
+        adapted, frozen, state, forward, timer, pack, bool(validation), ended,
+        None if here >= batches.num_steps or all(ended) else here,
+    )  # fmt: skip
 
 
 def _identity(
@@ -325,17 +301,22 @@ def check_plan(
     for batch in validation or ():
         check_rows(devices, len(batch["ids"]), "evaluate.batch_size")
     if validation:
-        _check_select(loop, validation)
+        check_metric("loop.select", loop.select, validation)
 
 
-def _check_select(loop: LoopSpec, validation: Sequence[Batch]) -> None:
+def check_metric(field: str, name: str, validation: Sequence[Batch]) -> None:
+    """Refuses a number that a validation split does not give.
+
+    Raises:
+      BadInput: There are others.
+    """
     labels = np.concatenate([b["label"][b["weight"] > 0] for b in validation])
     flat = np.zeros((len(labels), int(labels.max()) + 1), np.float32)
     values = Tally.of(Rows.of(flat, labels), STANDARD).compute()
     known = [name for name, value in values.items() if value is not None]
-    if loop.select not in known:
+    if name not in known:
         raise BadInput(
-            f"loop.select = {loop.select!r} is not a number that this validation split "
+            f"{field} = {name!r} is not a number that this validation split "
             f"of {len(labels)} rows gives; there are {', '.join(known)}"
         )
 

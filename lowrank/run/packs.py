@@ -22,37 +22,63 @@ from lowrank.core.errors import (
     LowrankError,
     NonFinite,
     OutOfMemory,
-    Preempted,
 )
 from lowrank.core.secrets import redact
 from lowrank.core.spec import digest
 from lowrank.core.trees import fingerprint
 from lowrank.io.checkpoints import Checkpoints
 from lowrank.io.files import write_atomically
-from lowrank.io.record import METRICS, Record
-from lowrank.run.fit import Fit, Storage, check_plan, fit
+from lowrank.io.record import Record
+from lowrank.run.fit import Fit, check_plan, fit
 from lowrank.run.forward import Batch
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
 from lowrank.run.preview import lowered
 from lowrank.run.results import Results, flat_numbers
 from lowrank.run.settings import Settings
 from lowrank.run.ship import ship
-from lowrank.track.jsonl import JsonlTracker
-from lowrank.track.trackers import Trackers, build_trackers
+from lowrank.run.storage import Source, Storage
+from lowrank.run.watch import Watch, watching
 from lowrank.train.guard import interruptible
 from lowrank.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-_PENALTY = "train/penalty/"
+#: Where a pack's states are, in its folder.
+CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one trial: its result, or why it has none."""
+    """What became of one trial: its result, or why it has none.
+
+    Attributes:
+      result: As in `result.json`.
+      error: What ended it.
+      paused: The step at which it waits, saved, to be continued.
+      cut: Why it was not continued, though nothing was wrong with it.
+    """
 
     result: Mapping[str, Any] | None
     error: Exception | None = None
+    paused: int | None = None
+    cut: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The pack that a trial was in before, and may be taken out of.
+
+    Attributes:
+      folder: Of that pack.
+      trials: The ids of its trials, in their order.
+      step: The checkpoint to continue from.
+      row: The trial's place in the pack.
+    """
+
+    folder: Path
+    trials: tuple[str, ...]
+    step: int
+    row: int
 
 
 def run_pack(
@@ -60,6 +86,8 @@ def run_pack(
     overrides: Sequence[Sequence[str]] | None = None,
     *,
     folder: Path | None = None,
+    until: int | None = None,
+    origins: Sequence[Origin] = (),
 ) -> list[Outcome]:
     """Trains trials as one pack, continues them, or returns what they left.
 
@@ -68,6 +96,10 @@ def run_pack(
       overrides: The arguments that each was composed with, for its record.
       folder: Where the pack's checkpoints are; a pack of one may leave it out and
         keeps them in its run directory.
+      until: The step of a validation at which to pause, with the state saved; None:
+        train to the end. Trials that have ended by themselves by then are finished.
+      origins: One per trial: where the pack begins, if it has no checkpoint of its own.
+        Its trials end as they would have, had they been in this pack from the start.
 
     Returns:
       One outcome per trial. A trial whose numbers ceased to be finite has an error;
@@ -82,11 +114,29 @@ def run_pack(
         raise BadInput("a pack of several trials needs a folder for its checkpoints")
     given = [[]] * len(trials) if overrides is None else overrides
     with interruptible(), _memory_errors(len(trials)):
-        return _run_pack(prepare_pack(trials), given, folder)
+        prepared = prepare_pack(trials)
+        sources = [_source(one, prepared) for one in origins]
+        return _run_pack(prepared, given, folder, until, sources)
+
+
+def _source(origin: Origin, prepared: PreparedPack) -> Source:
+    folder = origin.folder / CHECKPOINTS
+    checkpoints = _checkpoints(folder, prepared, origin.trials)
+    return Source(checkpoints, origin.step, origin.row)
+
+
+def _checkpoints(folder: Path, prepared: PreparedPack, ids: Sequence[str]):
+    """Those of the pack of these trials, which share all but their configs."""
+    identity = {**prepared.trials[0].identity, "config": _pack_id(ids)}
+    return Checkpoints(folder, identity=identity)
 
 
 def _run_pack(
-    prepared: PreparedPack, overrides: Sequence[Sequence[str]], folder: Path | None
+    prepared: PreparedPack,
+    overrides: Sequence[Sequence[str]],
+    folder: Path | None,
+    until: int | None,
+    sources: Sequence[Source],
 ) -> list[Outcome]:
     validation = check_pack(prepared)
     run = prepared.trials[0].settings.run
@@ -118,9 +168,14 @@ def _run_pack(
         watchdog = stack.enter_context(
             Watchdog(run.hang_seconds, run.pause_seconds, report=fail)
         )
-        at = folder / "checkpoints" if folder else records[0].path("checkpoints")
-        with _watching(prepared, records) as watches:
-            return _train(prepared, records, watches, validation, watchdog, at)
+        at = folder / CHECKPOINTS if folder else records[0].path(CHECKPOINTS)
+        ids = [one.settings.trial_id for one in prepared.trials]
+        with watching(prepared, records) as watches:
+            files = [watch and watch.jsonl for watch in watches]
+            storage = Storage(_checkpoints(at, prepared, ids), files, sources)
+            return _train(
+                prepared, records, watches, validation, watchdog, storage, until
+            )
 
 
 def check_pack(prepared: PreparedPack) -> list[Batch] | None:
@@ -161,12 +216,13 @@ def pack_memory(settings: Settings, widths: Sequence[int]) -> dict[int, int | No
 def _train(
     prepared: PreparedPack,
     records: Sequence[Record],
-    watches: Sequence["_Watch | None"],
+    watches: Sequence[Watch | None],
     validation: list[Batch] | None,
     watchdog: Watchdog,
-    checkpoints: Path,
+    storage: Storage,
+    until: int | None,
 ) -> list[Outcome]:
-    """Trains, judges and ships whatever has no result yet."""
+    """Trains, judges and ships whatever has no result yet and does not pause."""
     trials = prepared.trials
     settings = [trial.settings for trial in trials]
     for trial, record, watch in zip(trials, records, watches, strict=True):
@@ -175,11 +231,6 @@ def _train(
             record.save_arrays("ranks", **_flat(ranks_array(trial.adapted)))
     together = prepared.variants.together
     before = fingerprint(together.frozen())
-    identity = {**trials[0].identity, "config": _pack_id(settings)}
-    storage = Storage(
-        Checkpoints(checkpoints, identity=identity),
-        [watch and watch.jsonl for watch in watches],
-    )
 
     def log(position: int, rows: Sequence[Mapping[str, float]]) -> None:
         for watch, row in zip(watches, rows, strict=True):
@@ -197,6 +248,7 @@ def _train(
             dials=prepared.variants.dials(),
             mesh=settings[0].mesh,
             loop=settings[0].loop,
+            until=until,
             non_finite=settings[0].non_finite,
             log=log,
             storage=storage,
@@ -217,6 +269,12 @@ def _train(
         if watch is None:
             outcomes.append(Outcome(record.finished))
             continue
+        if fitted.paused is not None and not fitted.ended[number]:
+            why = f"waits at step {fitted.paused} for other trials"
+            record.set_status("preempted", why)
+            watch.status = "preempted"
+            outcomes.append(Outcome(None, paused=fitted.paused))
+            continue
         try:
             outcomes.append(_finish(prepared, number, record, watch, fitted, results))
         except NonFinite as error:
@@ -230,7 +288,7 @@ def _finish(
     prepared: PreparedPack,
     number: int,
     record: Record,
-    watch: "_Watch",
+    watch: Watch,
     fitted: Fit,
     results: Results,
 ) -> Outcome:
@@ -252,10 +310,9 @@ def _failed(record: Record, error: LowrankError) -> Outcome:
     return Outcome(None, error)
 
 
-def _pack_id(trials: Sequence[Settings]) -> str:
+def _pack_id(ids: Sequence[str]) -> str:
     """What the checkpoints of a pack belong to; of a pack of one, its trial."""
-    ids = [one.trial_id for one in trials]
-    return ids[0] if len(ids) == 1 else digest(ids)
+    return ids[0] if len(ids) == 1 else digest(list(ids))
 
 
 def write_hydra(
@@ -284,70 +341,6 @@ def _memory_errors(num_trials: int) -> Iterator[None]:
             f"{str(error).splitlines()[0]}. Lower sweep.width or "
             "data.batching.batch_size, or set base.remat=full."
         ) from error
-
-
-class _Watch:
-    """A trial's trackers, made at the first thing to track.
-
-    By then a continued run has cut its metrics file back to its checkpoint, which is
-    what an offline tracker replays.
-    """
-
-    def __init__(self, settings: Settings, record: Record):
-        self._settings, self._record = settings, record
-        self._trackers: Trackers | None = None
-        self.jsonl = JsonlTracker(record.path(METRICS))
-        self.status = "failed"
-
-    def trackers(self, step: int) -> Trackers:
-        if self._trackers is None:
-            self._trackers = build_trackers(
-                self._settings.track,
-                self.jsonl,
-                name=self._settings.trial_id,
-                run_id=self._settings.trial_id,
-                config=self._settings.config,
-                directory=self._record.directory,
-                first_step=step,
-            )
-        return self._trackers
-
-    def log(self, position: int, row: Mapping[str, float]) -> None:
-        """Logs a trial's numbers, without those of penalties only neighbors have."""
-        wanted = self._settings.penalty.named
-        self.trackers(position).log(
-            position,
-            {
-                name: value
-                for name, value in row.items()
-                if _PENALTY not in name or name.split(_PENALTY)[1] in wanted
-            },
-        )
-
-    def close(self) -> None:
-        (self._trackers or self.jsonl).close(self.status)
-
-
-@contextlib.contextmanager
-def _watching(
-    prepared: PreparedPack, records: Sequence[Record]
-) -> Iterator[list[_Watch | None]]:
-    """Trackers of every trial that has no result yet; closed however it ends."""
-    watches: list[_Watch | None] = []
-    try:
-        for trial, record in zip(prepared.trials, records, strict=True):
-            todo = record.finished is None
-            watches.append(_Watch(trial.settings, record) if todo else None)
-        yield watches
-    except (Preempted, KeyboardInterrupt):
-        for watch in watches:
-            if watch and watch.status != "done":
-                watch.status = "preempted"
-        raise
-    finally:
-        for watch in watches:
-            if watch:
-                watch.close()
 
 
 def _flat(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from lowrank.core.spec import (
 from lowrank.data.buckets import Batching
 from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.deltas.catalogue import CATALOGUE as DELTAS
-from lowrank.run.sweep import SweepSpec
+from lowrank.run.sweep import Halving, SweepSpec
 from lowrank.sharding import MeshSpec
 from lowrank.track.trackers import Track
 from lowrank.train.guard import NonFinitePolicy
@@ -192,7 +192,7 @@ def read(config: Mapping[str, Any]) -> Settings:
         mesh=plain(MeshSpec, config.get("mesh"), "mesh"),
         track=plain(Track, config.get("track"), "track"),
         run=plain(RunSpec, config.get("run"), "run"),
-        sweep=plain(SweepSpec, config.get("sweep"), "sweep"),
+        sweep=_sweep(config.get("sweep")),
         seed=seed,
         config={key: config.get(key) for key in known},
     )
@@ -213,6 +213,14 @@ def read(config: Mapping[str, Any]) -> Settings:
             f"data.batching.batch_size = {settings.batching.batch_size}"
         )
     return settings
+
+
+def _sweep(group: Any) -> SweepSpec:
+    halving = group.get("halving") if isinstance(group, Mapping) else None
+    if halving is not None:
+        halving = plain(Halving, halving, "sweep.halving")
+        group = {**group, "halving": halving}
+    return plain(SweepSpec, group, "sweep")
 
 
 def make_rules(delta: Mapping[str, Any], head: str) -> list[AnyRule]:

@@ -29,6 +29,43 @@ PACKABLE = (
 
 
 @spec
+class Halving:
+    """Successive halving (Jamieson & Talwalkar 2016; Li et al. 2017, Algorithm 1).
+
+    At each rung 1/eta of the trials go on. Unlike there, a trial that goes on keeps
+    its state, and its schedule is that of the whole training from the start.
+
+    Attributes:
+      eta: One trial in so many goes on; each rung is that many times later, too.
+      first: The first rung: below 1 a part of the training, else in steps.
+      metric: Validation number that decides, by its best value so far; `loop.select`
+        if None.
+      min_steps: No trial is cut before it has trained for so many steps.
+    """
+
+    eta: int = 3
+    first: float = 0.1
+    metric: str | None = None
+    min_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.eta < 2:
+            raise BadInput(
+                f"sweep.halving.eta must be at least 2, not {self.eta}: of so many "
+                "trials one goes on"
+            )
+        if not self.first > 0 or (self.first > 1 and self.first % 1):
+            raise BadInput(
+                f"sweep.halving.first = {self.first} is the step of the first rung: a "
+                "part of the training between 0 and 1, or a whole number of steps"
+            )
+        if self.min_steps < 0:
+            raise BadInput(
+                f"sweep.halving.min_steps must be at least 0, not {self.min_steps}"
+            )
+
+
+@spec
 class SweepSpec:
     """How the trials of one command line are run together.
 
@@ -38,6 +75,7 @@ class SweepSpec:
       width: Trials in a pack, at most; as many as fit into memory if None.
       memory_gib: Memory that a pack may need; what the machine gives if None.
       on_failure: Whether the other packs still run after a trial has failed.
+      halving: Cut trials on the way; None: all train to the end.
     """
 
     name: str | None = None
@@ -45,6 +83,7 @@ class SweepSpec:
     width: int | None = None
     memory_gib: float | None = None
     on_failure: Literal["continue", "stop"] = "continue"
+    halving: Halving | None = None
 
     def __post_init__(self) -> None:
         if self.width is not None and self.width < 1:

@@ -78,6 +78,7 @@ def study(
     OmegaConf.save(config, directory / "multirun.yaml")
     known = _open(directory, direction)
     dry = bool(OmegaConf.select(config, "sweep.dry_run"))
+    halving = OmegaConf.select(config, "sweep.halving") is not None
     while todo := _ask(known, searched, num_trials, batch, sampler, seed, dry):
         lines = [[*fixed, *_overrides(params)] for _, params in todo]
         # Of equal lines, which a sampler may well propose, one is launched.
@@ -88,7 +89,7 @@ def study(
             return None
         by_line = dict(zip(unique, returns, strict=True))
         for (number, _), line in zip(todo, map(tuple, lines), strict=True):
-            _tell(known, number, by_line[line])
+            _tell(known, number, by_line[line], halving)
     return _best(known)
 
 
@@ -209,20 +210,24 @@ def _overrides(params: Mapping[str, Any]) -> list[str]:
     return [f"{name}={value}" for name, value in params.items()]
 
 
-def _tell(known: "optuna.Study", number: int, returned: Any) -> None:
+def _tell(known: "optuna.Study", number: int, returned: Any, halving: bool) -> None:
     import optuna
 
-    value = None
+    value, cut = None, False
     if returned.status is JobStatus.COMPLETED:
         value = returned.return_value
-        if value is None:
+        # Halving is refused without a validation split: a job without a number was cut.
+        cut = value is None and halving
+        if value is None and not cut:
             end(
                 BadInput(
                     "jobs return no number to search by; the data needs a validation "
                     "split"
                 )
             )
-    if value is None:
+    if cut:
+        known.tell(number, state=optuna.trial.TrialState.PRUNED)
+    elif value is None:
         known.tell(number, state=optuna.trial.TrialState.FAIL)
     else:
         known.tell(number, float(value))

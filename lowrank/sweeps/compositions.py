@@ -19,6 +19,7 @@ from pathlib import Path
 from lowrank.core.errors import Corrupt
 from lowrank.io.files import cannot_write, unused
 from lowrank.io.seals import read_sealed, write_sealed
+from lowrank.run.packs import Origin
 from lowrank.sweeps.group import Trial, pack_id
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,35 @@ class Compositions:
             write_sealed(path, {"schema": SCHEMA, "pack": name, "trials": ids})
         return name, self.folder / name
 
+    def reached(self, trials: Sequence[Trial]) -> int:
+        """The last checkpoint of the pack of just these trials; -1 if it has none."""
+        return max(_steps(self.folder / pack_id(trials)), default=-1)
+
+    def origins(self, trials: Sequence[Trial], step: int) -> list[Origin] | None:
+        """For each trial a pack that has a checkpoint at `step`, the narrowest.
+
+        None if there is none for one of them, as when somebody has removed it.
+
+        Raises:
+          Corrupt: The record of a pack is damaged.
+        """
+        stored = sorted(self._stored(), key=lambda one: (len(one[1]), one[0]))
+        there = [(n, ids) for n, ids in stored if step in _steps(self.folder / n)]
+        found = []
+        for trial in trials:
+            home = next(((n, ids) for n, ids in there if trial.id in ids), None)
+            if home is None:
+                return None
+            name, ids = home
+            row = ids.index(trial.id)
+            found.append(Origin(self.folder / name, tuple(ids), step, row))
+        return found
+
     def begun(
-        self, trials: Sequence[Trial], anew: Collection[str] = ()
+        self,
+        trials: Sequence[Trial],
+        anew: Collection[str] = (),
+        since: int | None = None,
     ) -> list[list[Trial]]:
         """Compositions of the packs to continue, those that have a checkpoint.
 
@@ -70,6 +98,7 @@ class Compositions:
         Args:
           trials: Of the sweep, finished or not.
           anew: Ids of trials that start over, and their packs with them.
+          since: Only packs that have come beyond this step, of these trials alone.
 
         Raises:
           Corrupt: A file is damaged.
@@ -80,8 +109,10 @@ class Compositions:
         for name, ids in sorted(self._stored(), key=lambda one: len(one[1])):
             if {*taken, *anew} & set(ids) or not saved(self.folder / name):
                 continue
+            if since is not None and max(_steps(self.folder / name)) <= since:
+                continue
             if strangers := [one for one in ids if one not in known]:
-                if any(one in known for one in ids):
+                if since is None and any(one in known for one in ids):
                     logger.warning(
                         "pack %s was begun with %s, which this line does not ask for: "
                         "its other trials start over",
@@ -108,5 +139,10 @@ class Compositions:
 
 def saved(folder: Path) -> bool:
     """Whether a pack's folder holds a checkpoint: a folder named by its step."""
+    return bool(_steps(folder))
+
+
+def _steps(folder: Path) -> set[int]:
     # `os.walk` does not mind folders that go away meanwhile.
-    return any(name.isdigit() for _, names, _ in os.walk(folder) for name in names)
+    names = [name for _, names, _ in os.walk(folder) for name in names]
+    return {int(name) for name in names if name.isdigit()}

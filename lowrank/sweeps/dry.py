@@ -16,7 +16,8 @@ from lowrank.run.preview import preview
 from lowrank.run.settings import Settings
 from lowrank.run.sweep import SweepSpec
 from lowrank.sweeps.group import Trial, program, static_key
-from lowrank.sweeps.launch import Plan, Planned
+from lowrank.sweeps.launch import Plan
+from lowrank.sweeps.plan import Planned
 from lowrank.sweeps.width import GIB, Memory, memory_limit
 
 #: Side and number of the products by which the device's speed is measured.
@@ -66,6 +67,10 @@ def show_plan(
         console.print(f"trial {trial_id} runs alone: {reason}", markup=False)
     for trial_id, error in refused.items():
         console.print(f"trial {trial_id} is refused: {error}", markup=False)
+    parts = {}
+    for race in plan.races:
+        console.print(f"static key {race.trials[0].key}: {race.told()}", markup=False)
+        parts[race.trials[0].key] = race.share()
     programs = {program(pack.trials): costs[pack.id].shapes for pack in plan.packs}
     found = {
         "trials": len(plan.trials),
@@ -73,7 +78,10 @@ def show_plan(
         "refused": len(refused),
         "packs": len(plan.packs),
         "programs": sum(programs.values()),
-        "seconds": sum(cost.seconds for cost in costs.values()),
+        "seconds": sum(
+            costs[pack.id].seconds * parts.get(pack.trials[0].key, 1.0)
+            for pack in plan.packs
+        ),
     }
     measured = bool(costs) and all(cost.measured for cost in costs.values())
     source = (

@@ -177,6 +177,9 @@ def _replay(
         job.hydra.output_subdir = None
 
     def told(_: DictConfig) -> Any:
+        if outcome.cut:
+            # It has no value that could stand beside those of trials that went on.
+            return None
         if outcome.result is None:
             error = outcome.error
             raise TrialFailed(f"{type(error).__name__}: {error}") from error

@@ -10,9 +10,8 @@ planned as if it were new.
 import collections
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 from lowrank.core.errors import (
     BadInput,
@@ -22,11 +21,8 @@ from lowrank.core.errors import (
     OutOfMemory,
     Preempted,
 )
-from lowrank.core.spec import digest
-from lowrank.io.files import LOCK_NAME, Lock, probe
-from lowrank.io.record import Record, stored_result
-from lowrank.run.packs import Outcome, write_hydra
-from lowrank.run.prepare import identity_of, load_base
+from lowrank.io.files import Lock, probe
+from lowrank.run.packs import Origin, Outcome, write_hydra
 from lowrank.run.settings import Settings
 from lowrank.run.sweep import SweepSpec
 from lowrank.sweeps.board import Board
@@ -37,63 +33,17 @@ from lowrank.sweeps.group import (
     deal,
     groups,
     halves,
-    pack_id,
     reasons_alone,
 )
-from lowrank.sweeps.width import Memory, width
+from lowrank.sweeps.halving import Race, mark_cut, races
+from lowrank.sweeps.look import Look
+from lowrank.sweeps.plan import Packing, Planned
+from lowrank.sweeps.width import width
 
 logger = logging.getLogger(__name__)
 
 #: The part of a sweep's directory that holds its packs.
 PACKS = "packs"
-
-
-@runtime_checkable
-class RunPack(Protocol):
-    """See `run.packs.run_pack`."""
-
-    def __call__(
-        self,
-        settings: Sequence[Settings],
-        overrides: Sequence[Sequence[str]],
-        *,
-        folder: Path,
-    ) -> list[Outcome]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Packing:
-    """How a command runs many jobs together; `run.door.command` hands it on.
-
-    Attributes:
-      run: Trains trials of one static key as one pack.
-      memory: Bytes that a pack needs, by width.
-      value: What a job returns to the sweeper, from a trial's result.
-    """
-
-    run: RunPack
-    memory: Memory
-    value: Callable[[Mapping[str, Any]], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """A pack to run.
-
-    Attributes:
-      trials: Its composition, in order.
-      todo: Those of them that are not finished, in the same order.
-      continued: Whether it was begun earlier.
-    """
-
-    trials: Sequence[Trial]
-    todo: Sequence[Trial]
-    continued: bool = False
-
-    @property
-    def id(self) -> str:
-        """Of the composition."""
-        return pack_id(self.trials)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +55,16 @@ class Plan:
       known: Outcomes that are there already, by trial id: finished earlier, refused.
       packs: The others.
       alone: Why a trial has no company, by trial id.
+      races: With halving, the trials that compete; `packs` are those to the next rung.
+      forced: Ids of trials that start over.
     """
 
     trials: Sequence[Trial]
     known: Mapping[str, Outcome]
     packs: Sequence[Planned]
     alone: Mapping[str, str]
+    races: Sequence[Race] = ()
+    forced: frozenset[str] = frozenset()
 
 
 def make_plan(
@@ -125,74 +79,40 @@ def make_plan(
       spec: May set the width and the memory.
 
     Raises:
-      BadInput: Two jobs are one trial, or a pack is wider than memory.
-      Corrupt: The record of a pack that was begun is damaged.
+      BadInput: Two jobs are one trial, a pack is wider than memory, or trials cannot
+        be halved as `spec` says.
+      Corrupt: The record of a pack that was begun, or of a rung, is damaged.
     """
     check_trials(trials)
-    look = _Look()
+    look = Look()
     known = {t.id: found for t in trials if (found := look(t)) is not None}
+    compositions = Compositions(directory / PACKS)
+    found = races(trials, directory, spec)
+    for race in found:
+        known = {**race.ended(), **known}
+    ahead = [race for race in found if race.decisions]
+    there = {trial.id for race in ahead for trial in race.trials}
+    first = [trial for trial in trials if trial.id not in there]
     # A pack goes on with all its trials or not at all.
-    sound = [t for t in trials if t.id not in known or known[t.id].error is None]
+    sound = [t for t in first if t.id not in known or known[t.id].error is None]
     packs = [
         Planned(pack, [t for t in pack if t.id not in known], continued=True)
-        for pack in Compositions(directory / PACKS).begun(sound, look.forced)
+        for pack in compositions.begun(sound, look.forced)
     ]
     packs = [pack for pack in packs if pack.todo]
     placed = {trial.id for pack in packs for trial in pack.todo} | known.keys()
-    fresh = [trial for trial in trials if trial.id not in placed]
+    fresh = [trial for trial in first if trial.id not in placed]
     for group in groups(fresh):
         for pack in deal(group, width(group, spec, packing.memory)):
             packs.append(Planned(pack, pack))
-    return Plan(trials, known, packs, reasons_alone(trials))
-
-
-class _Look:
-    """Sees what a trial's directory holds; loads base and data only if it must.
-
-    Trials of a sweep mostly share them, so their fingerprints are taken once.
-
-    Attributes:
-      forced: Ids of trials that start over, because run.force=true.
-    """
-
-    def __init__(self) -> None:
-        self.forced: set[str] = set()
-        self._identities: dict[str, Mapping[str, str]] = {}
-
-    def __call__(self, trial: Trial) -> Outcome | None:
-        """The outcome that is there already; None if the trial is to be run.
-
-        A directory that holds something else is an outcome, too, an error; with
-        run.force=true it is left to `Record.open`, which moves the content aside.
-        """
-        directory, settings = trial.directory, trial.settings
-        # What a sweep writes before it runs says nothing of what became of the trial.
-        written = set(directory.iterdir()) if directory.is_dir() else set()
-        if not written - {directory / ".hydra", directory / LOCK_NAME}:
-            return None
-        try:
-            facts = {"config": settings.config, "identity": self._identity(settings)}
-            result = stored_result(directory, **facts)
-            if result is None:
-                return None
-            # Killed between its result and its status, it still says "running".
-            with Record.open(directory, **facts):
-                return Outcome(result, None)
-        except (Corrupt, CannotWrite) as error:
-            if not settings.run.force:
-                return Outcome(None, error)
-            self.forced.add(trial.id)
-            return None
-
-    def _identity(self, settings: Settings) -> Mapping[str, str]:
-        parts = [settings.config[name] for name in ("base", "data")]
-        key = digest([*parts, settings.run.cache])
-        if key not in self._identities:
-            cache = settings.run.cache
-            task = settings.data.load(Path(cache) / "data" if cache else None)
-            base = load_base(settings, len(task.classes))
-            self._identities[key] = identity_of(settings, base, task)
-        return {**self._identities[key], "config": settings.trial_id}
+    ends = {trial.id: race.until for race in found for trial in race.trials}
+    packs = [
+        dataclasses.replace(pack, until=ends.get(pack.trials[0].id)) for pack in packs
+    ]
+    for race in ahead:
+        packs += race.packs(known, look.forced, compositions, spec, packing.memory)
+    alone = reasons_alone(trials)
+    return Plan(trials, known, packs, alone, found, frozenset(look.forced))
 
 
 def run_plan(
@@ -212,7 +132,8 @@ def run_plan(
 
     Returns:
       Outcomes by trial id; after a failure and with `on_failure=stop`, those of the
-      trials that were run.
+      trials that were run. Trials that wait for a rung, because another one of them
+      has to be tried again, have none.
 
     Raises:
       Preempted: A pack was asked to stop; what was saved is kept.
@@ -241,19 +162,64 @@ def _run(
             _show(board, trial, outcomes[trial.id], packing, "finished earlier: ")
         elif trial.id in plan.alone:
             logger.info("trial %s runs alone: %s", trial.id, plan.alone[trial.id])
-    queue = collections.deque(_with_directories(plan, outcomes, board, packing))
+    for race in plan.races:
+        _mark(race, outcomes)
+    packs = _with_directories(plan, outcomes, board, packing)
+    while _run_packs(packs, outcomes, compositions, packing, spec, board):
+        packs = []
+        for race in plan.races:
+            if race.decide(outcomes) is None:
+                continue
+            for trial in race.trials:
+                if trial.id in outcomes and outcomes[trial.id].paused:
+                    del outcomes[trial.id]
+            for name, outcome in race.ended().items():
+                outcomes.setdefault(name, outcome)
+            for trial in _mark(race, outcomes):
+                _show(board, trial, outcomes[trial.id], packing)
+            packs += race.packs(outcomes, (), compositions, spec, packing.memory)
+        if not packs:
+            break
+    return {name: one for name, one in outcomes.items() if not one.paused}
+
+
+def _mark(race: Race, outcomes: Mapping[str, Outcome]) -> list[Trial]:
+    """Says in records that their trials were cut; returns those of the last rung."""
+    last = {name for name, _ in race.decisions[-1].order} if race.decisions else set()
+    found = []
+    for trial in race.trials:
+        outcome = outcomes.get(trial.id)
+        if outcome is not None and outcome.cut:
+            mark_cut(trial, outcome.cut)
+            if trial.id in last:
+                found.append(trial)
+    return found
+
+
+def _run_packs(
+    packs: Sequence[Planned],
+    outcomes: dict[str, Outcome],
+    compositions: Compositions,
+    packing: Packing,
+    spec: SweepSpec,
+    board: Board,
+) -> bool:
+    """Runs packs and takes their outcomes; whether all of them were run."""
+    queue = collections.deque(packs)
     fits: dict[str, int] = {}
     while queue:
         if spec.on_failure == "stop" and any(o.error for o in outcomes.values()):
             for trial in (trial for pack in queue for trial in pack.todo):
                 board.tell(trial, "not run", "on_failure=stop after a failed trial")
-            break
+            return False
         pack = queue.popleft()
         todo = pack.todo
         if len(todo) > fits.get(todo[0].key, len(todo)):
             queue.extendleft(_halved(pack))
             continue
-        name, folder = compositions.begin(pack.trials, pack.continued)
+        origins = _origins(pack, compositions)
+        there = pack.continued or 0 < pack.since <= compositions.reached(pack.trials)
+        name, folder = compositions.begin(pack.trials, there)
         for trial in todo:
             board.tell(trial, "running", pack=name)
         logger.info(
@@ -268,6 +234,8 @@ def _run(
                 [_quiet(trial.settings) for trial in pack.trials],
                 [trial.overrides for trial in pack.trials],
                 folder=folder,
+                until=pack.until,
+                origins=origins,
             )
         except Preempted:
             for trial in todo:
@@ -291,7 +259,22 @@ def _run(
         ours = dict(zip([trial.id for trial in pack.trials], found, strict=True))
         left = [ours[trial.id] for trial in todo]
         _take(left, todo, outcomes, board, packing)
-    return outcomes
+    return True
+
+
+def _origins(pack: Planned, compositions: Compositions) -> Sequence[Origin]:
+    """Where the trials of a pack are that have passed a rung in other packs."""
+    if pack.continued or not pack.since:
+        return ()
+    found = compositions.origins(pack.trials, pack.since)
+    if found is None:
+        logger.warning(
+            "pack %s trains from the start: no pack has a checkpoint of all its trials "
+            "at step %d any more",
+            pack.id,
+            pack.since,
+        )
+    return found or ()
 
 
 def _take(
@@ -302,7 +285,8 @@ def _take(
     packing: Packing,
 ) -> None:
     for trial, outcome in zip(todo, found, strict=True):
-        assert (outcome.result is None) != (outcome.error is None), trial.id
+        told = (outcome.result, outcome.error, outcome.paused, outcome.cut)
+        assert sum(one is not None for one in told) == 1, trial.id
         outcomes[trial.id] = outcome
         _show(board, trial, outcome, packing)
 
@@ -314,7 +298,10 @@ def _refused(error: Exception) -> bool:
 
 def _halved(pack: Planned) -> list[Planned]:
     """In reverse, for the left end of a queue."""
-    return [Planned(half, half) for half in reversed(halves(pack.todo))]
+    return [
+        dataclasses.replace(pack, trials=half, todo=half, continued=False)
+        for half in reversed(halves(pack.todo))
+    ]
 
 
 def _quiet(settings: Settings) -> Settings:
@@ -347,7 +334,7 @@ def _with_directories(
                 _take([Outcome(None, error)], [trial], outcomes, board, packing)
         todo = [trial for trial in pack.todo if trial.id not in outcomes]
         if len(todo) < len(pack.todo) and not pack.continued:
-            pack = Planned(todo, todo)
+            pack = dataclasses.replace(pack, trials=todo)
         if todo:
             packs.append(dataclasses.replace(pack, todo=todo))
     return packs
@@ -356,7 +343,11 @@ def _with_directories(
 def _show(
     board: Board, trial: Trial, outcome: Outcome, packing: Packing, first: str = ""
 ) -> None:
-    if outcome.result is None:
+    if outcome.cut:
+        board.tell(trial, "cut", outcome.cut.removeprefix("cut "))
+    elif outcome.paused:
+        board.tell(trial, "waiting", f"saved at step {outcome.paused}")
+    elif outcome.result is None:
         error = outcome.error
         board.tell(trial, "failed", f"{type(error).__name__}: {error}")
     else:

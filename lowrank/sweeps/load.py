@@ -30,6 +30,7 @@ from lowrank.io.view import RecordView, load_record
 from lowrank.report.arms import arm_table
 from lowrank.run.settings import SCIENTIFIC
 from lowrank.sweeps.finalists import Score, best_arms, unseal
+from lowrank.sweeps.rungs import RUNGS, Decision, decisions
 
 #: What the launcher may leave in the directory: at least the trials it has planned.
 PLAN = "sweep.json"
@@ -42,7 +43,7 @@ _MEANT = Path(".hydra", "config.yaml")
 #: What is known of a trial: its record, why it has none, or what it is meant to be.
 _View = RecordView | Corrupt | Mapping[str, Any]
 #: Folders in which no trial is looked for, and records that a forced run moved aside.
-_OTHERS = frozenset({"packs", "wandb", "tensorboard", "checkpoints", "figures"})
+_OTHERS = frozenset({"packs", RUNGS, "wandb", "tensorboard", "checkpoints", "figures"})
 _ASIDE = re.compile(r"\.old-\d+$")
 _log = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ class Sweep:
         `last.<metric>`, those of the last validation; one dotted column per setting,
         where lists and patterns are JSON text; `costs.<name>`; `identity.<name>`, the
         fingerprints of base, data, code and config; and directory, relative to the
-        sweep's. status is what the record says (running, done, failed,
-        preempted), or
+        sweep's. status is what the record says (running, done, failed, preempted, or
+        cut: halving went on without it, so that its numbers are no final ones), or
 
         - "stopped": it says running, and its process is gone;
         - "damaged": a file of it cannot be trusted, and reason says which;
@@ -99,6 +100,15 @@ class Sweep:
             for name, values in seen.items()
             if len(values) > 1 and name.partition(".")[0] in groups
         ]
+
+    @cached_property
+    def rungs(self) -> list[Decision]:
+        """What halving has decided, see `lowrank.sweeps.rungs`; empty without it.
+
+        Raises:
+          Corrupt: A decision is damaged.
+        """
+        return decisions(self.directory)
 
     @property
     def metrics(self) -> list[str]:

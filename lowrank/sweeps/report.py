@@ -26,6 +26,7 @@ from lowrank.report.drawing import Drawing, Trials
 from lowrank.report.figures import draw_all
 from lowrank.run.settings import check_groups
 from lowrank.run.settings import plain as plain_spec
+from lowrank.sweeps.agreement import rungs_section
 from lowrank.sweeps.load import LOWER_IS_BETTER, Sweep, load_sweep
 from lowrank.sweeps.results import (
     send_summary,
@@ -124,6 +125,7 @@ def write_report(
         arms_section(sweep, by, level),
         differences_section(found, baseline is None, margin, level),
         *map(_figure, drawings),
+        rungs_section(sweep),
         _unfinished(sweep.trials),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lowrank.io.files import write_atomically
 from lowrank.report.arms import arm_labels, is_missing, plain, records
+from lowrank.sweeps.agreement import rung_lines
 from lowrank.sweeps.load import LOWER_IS_BETTER, Sweep
 from lowrank.track.trackers import Track, summarize
 
@@ -90,6 +91,8 @@ def show_results(
         console.print(_arms_table(arms.head(most), sweep.varied, by))
         if len(arms) > most:
             console.print(f"and {len(arms) - most} arms that came after these")
+    for line in rung_lines(sweep):
+        console.print(line)
     unfinished = [one for one in records(sweep.trials) if one["status"] != "done"]
     if unfinished:
         table = Table(title="Not done")

@@ -102,9 +102,37 @@ def fresh(num_trials: int) -> dict[str, Any]:
     return {"position": 0, **{name: each(value) for name, value in own.items()}}
 
 
-def finished(memory: Mapping[str, Any], num_steps: int) -> bool:
-    """Whether nothing is left to train: no step, or no trial that has not ended."""
-    return memory["position"] >= num_steps or all(memory["ended"])
+def finished(memory: Mapping[str, Any], until: int) -> bool:
+    """Whether nothing is left to train: no step, or no trial that has not ended.
+
+    Args:
+      memory: The loop's.
+      until: The step at which training ends, or pauses.
+    """
+    return memory["position"] >= until or all(memory["ended"])
+
+
+def check_pause(until: int | None, num_steps: int, every: int | None) -> None:
+    """Refuses to pause where there is no validation.
+
+    At a validation a step's numbers are read, logged and saved in any case, so what
+    comes after a pause is what would have come without it.
+
+    Args:
+      until: The step to pause at; None: none.
+      num_steps: Of the whole training.
+      every: Steps between validations; None: there are none.
+
+    Raises:
+      BadInput: There is no validation at `until`, or training has ended by then.
+    """
+    if until is None or (every and 0 < until < num_steps and not until % every):
+        return
+    raise BadInput(
+        f"training pauses at a validation, and step {until} of {num_steps} has none: "
+        + (f"they come every {every} steps" if every else "there is no such split")
+        + " (loop.evaluate_every)"
+    )
 
 
 class Loop:
@@ -132,15 +160,20 @@ class Loop:
         self._pending: tuple[int, tuple[int, ...], Any] | None = None
         self._clock = 0.0
         self._saved = -1
+        self._until = batches.num_steps
 
     def run(
-        self, state: TrainState, memory: Mapping[str, Any]
+        self,
+        state: TrainState,
+        memory: Mapping[str, Any],
+        until: int | None = None,
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Trains to the end.
+        """Trains to the end, or to a validation before it.
 
         Args:
           state: Fresh, or restored.
           memory: From `fresh`, or what was saved with the state.
+          until: The step to pause at, saved, see `check_pause`; None: the end.
 
         Returns:
           The final state, and the final memory: it tells which trials ended early.
@@ -150,6 +183,7 @@ class Loop:
           Preempted: A signal came; the state has been saved.
         """
         memory = copy.deepcopy(dict(memory))
+        self._until = self._batches.num_steps if until is None else until
         with StopSignal() as stop:
             while not self._finished(memory):
                 state, memory, again = self._stretch(state, memory, stop)
@@ -160,7 +194,7 @@ class Loop:
         return state, memory
 
     def _finished(self, memory: Mapping[str, Any]) -> bool:
-        return finished(memory, self._batches.num_steps)
+        return finished(memory, self._until)
 
     def _stretch(self, state: TrainState, memory: dict[str, Any], stop: StopSignal):
         """Steps until the end or a rollback; returns whether to go on."""

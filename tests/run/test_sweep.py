@@ -68,7 +68,7 @@ class FakePack:
         self.widest, self.die_after = 99, None
         self.fails, self.refuses, self.bugs, self.stops = set(), set(), set(), set()
 
-    def __call__(self, settings, overrides, *, folder):
+    def __call__(self, settings, overrides, *, folder, until=None, origins=()):
         self.packs.append([(one.optim.lr, one.seed) for one in settings])
         seeds = {one.seed for one in settings}
         for one in settings:
