@@ -36,11 +36,12 @@ from lowrank.sweeps.group import (
     check_trials,
     deal,
     groups,
+    half_of,
     halves,
     pack_id,
     reasons_alone,
 )
-from lowrank.sweeps.width import Memory, width
+from lowrank.sweeps.width import Memory, share_of, width
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,8 @@ def make_plan(
     placed = {trial.id for pack in packs for trial in pack.todo} | known.keys()
     fresh = [trial for trial in trials if trial.id not in placed]
     for group in groups(fresh):
-        for pack in deal(group, width(group, spec, packing.memory)):
+        most = width(group, spec, packing.memory)
+        for pack in deal(group, most, share_of(group[0].settings)):
             packs.append(Planned(pack, pack))
     return Plan(trials, known, packs, reasons_alone(trials))
 
@@ -265,7 +267,7 @@ def _run(
         )
         try:
             found = packing.run(
-                [_quiet(trial.settings) for trial in pack.trials],
+                [_ready(trial.settings, len(pack.trials)) for trial in pack.trials],
                 [trial.overrides for trial in pack.trials],
                 folder=folder,
             )
@@ -274,8 +276,9 @@ def _run(
                 board.tell(trial, "stopped", "saved; the same line continues")
             raise
         except Exception as error:
-            if len(todo) > 1 and isinstance(error, OutOfMemory):
-                fits[todo[0].key] = -(-len(todo) // 2)
+            if _divisible(todo) and isinstance(error, OutOfMemory):
+                share = share_of(todo[0].settings)
+                fits[todo[0].key] = half_of(len(todo), share)
                 logger.warning("%s; packs like it are halved", error)
             elif len(todo) > 1 and _refused(error) and not saved(folder):
                 logger.warning("pack %s is refused, and halved: %s", name, error)
@@ -312,15 +315,26 @@ def _refused(error: Exception) -> bool:
     return isinstance(error, BadInput | Corrupt | CannotWrite)
 
 
+def _divisible(trials: Sequence[Trial]) -> bool:
+    """Whether some device has more than one of these trials, when they are a pack."""
+    return len(trials) > trials[0].settings.mesh.share(len(trials))
+
+
 def _halved(pack: Planned) -> list[Planned]:
     """In reverse, for the left end of a queue."""
-    return [Planned(half, half) for half in reversed(halves(pack.todo))]
+    parts = halves(pack.todo, share_of(pack.todo[0].settings))
+    return [Planned(part, part) for part in reversed(parts)]
 
 
-def _quiet(settings: Settings) -> Settings:
-    """Without a progress bar, which would draw over the lines of the trials."""
+def _ready(settings: Settings, num_trials: int) -> Settings:
+    """For a pack of so many, and without a progress bar.
+
+    A bar would draw over the lines of the trials. A pack that does not come out even on
+    the trial axis gets fewer devices, not fewer trials.
+    """
     run = dataclasses.replace(settings.run, progress=False)
-    return dataclasses.replace(settings, run=run)
+    mesh = settings.mesh.for_trials(num_trials)
+    return dataclasses.replace(settings, run=run, mesh=mesh)
 
 
 def _with_directories(
