@@ -30,6 +30,67 @@ def test_a_mesh_without_devices_is_refused(data):
         MeshSpec(data=data).build()
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"trial": 8}, {"trial": 8, "data": 1}),
+        ({"trial": 2, "data": 4}, {"trial": 2, "data": 4}),
+        ({"trial": -1, "data": 2}, {"trial": 4, "data": 2}),
+        ({"trial": 3, "data": -1}, {"trial": 3, "data": 2}),
+        # One trial's devices know nothing of others.
+        ({"trial": 1, "data": 2}, {"data": 2}),
+    ],
+)
+def test_trials_and_rows_have_an_axis_each(asked, found):
+    mesh = MeshSpec(**asked).build()
+    assert dict(mesh.shape) == found
+    assert len({device.id for device in mesh.devices.flat}) == mesh.size
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"trial": -1, "data": -1}, "both ask for all devices"),
+        ({"trial": 4, "data": 4}, "is 16, but there are 8 cpu devices"),
+        ({"trial": 0}, "mesh.trial = 0, but there are 8 cpu devices"),
+        ({"trial": 16}, "mesh.trial = 16, but there are 8 cpu devices"),
+    ],
+)
+def test_axes_that_do_not_fit_the_devices_are_refused(asked, said):
+    with pytest.raises(BadInput, match=said):
+        MeshSpec(**asked).build()
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_trials", "found"),
+    [
+        ({"trial": 4}, 8, {"trial": 4}),
+        ({"trial": 4}, 6, {"trial": 3}),
+        ({"trial": 4, "data": -1}, 5, {"trial": 1, "data": 2}),
+        ({"trial": -1}, 7, {"trial": 7}),
+        ({"trial": -1, "data": 2}, 2, {"trial": 2, "data": 2}),
+        ({"data": 4}, 3, {"data": 4}),
+    ],
+)
+def test_a_pack_that_is_left_over_gets_the_devices_it_can_share(
+    asked, num_trials, found
+):
+    mesh = MeshSpec(**asked).for_trials(num_trials)
+    assert mesh == MeshSpec(**found)
+    assert num_trials % mesh.sizes()["trial"] == 0
+
+
+def test_a_packs_batch_is_cut_by_trials_and_rows_and_a_shared_one_by_rows():
+    mesh = MeshSpec(trial=2, data=4).build()
+    batch = {"ids": np.arange(96, dtype=np.int32).reshape(2, 8, 6)}
+    own = place_batch(batch, mesh, 1)["ids"]
+    assert {s.data.shape for s in own.addressable_shards} == {(1, 2, 6)}
+    np.testing.assert_array_equal(own, batch["ids"])
+    shared = place_batch({"ids": batch["ids"][0]}, mesh, 0)["ids"]
+    assert len(shared.addressable_shards) == 8
+    assert {s.data.shape for s in shared.addressable_shards} == {(2, 6)}
+
+
 def test_rows_are_shared_out_in_order_and_none_is_lost():
     mesh = MeshSpec(data=4).build()
     placed = place_batch(BATCH, mesh, 1)["ids"]

@@ -18,7 +18,7 @@ from lowrank.core.trees import count, flatten
 from lowrank.cost.count import jaxpr_flops
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
-from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate, replicated
+from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
@@ -101,7 +101,7 @@ class PackOfOne:
         self._state = replicate(state, mesh)
         self._pack = Pack(
             step, frozen, self._state, [shapes], lambda b: place_batch(b, mesh, 1), 1,
-            replicated(mesh),
+            mesh,
         )  # fmt: skip
         (compiled,) = self._pack.compiled.values()
         self.facts: Mapping[str, Any] = {

@@ -33,9 +33,9 @@ from lowrank.sharding import (
     MeshSpec,
     batch_shapes,
     check_rows,
+    check_trials,
     place_batch,
     replicate,
-    replicated,
 )
 from lowrank.train import state as states
 from lowrank.train.guard import NonFinitePolicy
@@ -181,7 +181,7 @@ def fit(
         adapted.init_trained, dials or adapted.dials(), optims, seeds, adapted.leaves,
         imposed.weights(penalties),
     )  # fmt: skip
-    state = replicate(state, devices)
+    state = jax.device_put(state, states.on_mesh(devices))
     forward = Forward(model, frozen, devices)
     memory: Mapping[str, Any] = {**fresh(len(seeds)), "data": batches.state(0)}
     if storage is not None and storage.begun:
@@ -203,7 +203,7 @@ def fit(
         )  # fmt: skip
         shapes = [batch_shapes(batch, devices, 1) for batch in batches.examples()]
         put = lambda batch: place_batch(batch, devices, 1)
-        pack = Pack(step, frozen, state, shapes, put, len(seeds), replicated(devices))
+        pack = Pack(step, frozen, state, shapes, put, len(seeds), devices)
     validate = None
     if validation:
         alive("compilation for validation")
@@ -276,8 +276,8 @@ def check_plan(
     """Checks what would otherwise fail while compiling or in the middle of training.
 
     Raises:
-      BadInput: Seeds, settings of optimizers, batch sizes, devices, or the number
-        that chooses the best state do not fit together.
+      BadInput: Seeds, settings of optimizers, batch sizes, trials, devices, or the
+        number that chooses the best state do not fit together.
     """
     made_for = batches.state(0)["trial_seeds"]
     if list(seeds) != made_for:
@@ -291,6 +291,7 @@ def check_plan(
             f"{len(seeds)} trials have {len(optims)} settings of the optimizer; give "
             "one each, alike in schedule, warmup, accumulate and whether they clip"
         )
+    check_trials(devices, len(seeds))
     for size, _ in batches.shapes():
         check_rows(devices, size, "data.batching.batch_size")
         if size % optims[0].accumulate:

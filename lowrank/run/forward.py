@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from lowrank.core.arrays import Dials, Frozen, Trained
-from lowrank.sharding import batch_shapes, place_batch, replicated
+from lowrank.sharding import batch_shapes, by_trial, place_batch, trial_axis
 
 #: (frozen, trained, batch, dials=, key=) -> outputs
 Model = Callable[..., Any]
@@ -39,11 +39,13 @@ class Forward:
             if len(jax.tree.leaves(trained)[0]) == 1:
                 first = lambda tree: jax.tree.map(lambda x: x[0], tree)
                 return one(frozen, first(trained), first(dials), batch)[None]
-            return jax.vmap(one, in_axes=(None, 0, 0, None))(
-                frozen, trained, dials, batch
+            every = jax.vmap(
+                one, in_axes=(None, 0, 0, None), spmd_axis_name=trial_axis(mesh)
             )
+            return every(frozen, trained, dials, batch)
 
-        self._jitted = jax.jit(infer, out_shardings=replicated(mesh))
+        # Rows come together again; trials stay where they are until they are read.
+        self._jitted = jax.jit(infer, out_shardings=by_trial(mesh))
 
     def compile(self, trained: Trained, dials: Dials, batches: Sequence[Batch]) -> None:
         """Compiles for the shapes of `batches` that are new."""

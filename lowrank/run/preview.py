@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lowrank.cost.count import jaxpr_flops
 from lowrank.cost.measure import compiled_cost
 from lowrank.run.forward import inputs_of, on_inputs
 from lowrank.run.prepare import Prepared, site_rows, sizes
-from lowrank.sharding import batch_shapes, replicated
+from lowrank.sharding import batch_shapes, replicated, trial_axis
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.pack import jitted, over_trials
@@ -26,35 +27,39 @@ class Lowered:
     Attributes:
       packed: The step as a function.
       shapes: What it is called with: the base, the state, a batch.
-      sharding: Of the state.
+      mesh: Its devices.
     """
 
     packed: Callable[..., Any]
     shapes: tuple[Any, ...]
-    sharding: jax.sharding.Sharding
+    mesh: Mesh
 
     def costs(self) -> dict[str, Any]:
         """Compiles the step and reads what it takes; see `compiled_cost`."""
-        program = jitted(self.packed, self.sharding)
+        program = jitted(self.packed, self.mesh)
         compiled = program.lower(*self.shapes).compile()
         return compiled_cost(compiled, jaxpr_flops(self.packed, *self.shapes))
 
 
 def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
-    """The step on the largest batch, for a pack of trials like this one."""
+    """The step on the largest batch, for a pack of trials like this one.
+
+    A pack that the trial axis of the mesh does not divide is shared by fewer devices.
+    """
     settings, adapted = prepared.settings, prepared.adapted
-    mesh = settings.mesh.build()
+    mesh = settings.mesh.for_trials(num_trials).build()
     model = on_inputs(adapted.apply, inputs_of)
     imposed = impose([settings.penalty], adapted.sites, adapted.thin)
     start = lambda: states.start(
         adapted.init_trained, adapted.dials(), [settings.optim] * num_trials,
         range(num_trials), weights=imposed.weights([settings.penalty] * num_trials),
     )  # fmt: skip
-    sharded = lambda tree: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-        tree,
+    located = lambda sharding, tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
-    state, frozen = sharded(jax.eval_shape(start)), sharded(adapted.frozen())
+    # Over the prefix: each of its leaves is the sharding of a subtree.
+    state = jax.tree.map(located, states.on_mesh(mesh), jax.eval_shape(start))
+    frozen = located(replicated(mesh), adapted.frozen())
     step = make_step(
         model, cross_entropy, settings.optim, prepared.batches.num_steps,
         adapted.draws, adapted.active, imposed,
@@ -65,8 +70,8 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
         for name, array in largest.items()
     }
     batch = batch_shapes(wide, mesh, 1)
-    packed = over_trials(step, num_trials)
-    return Lowered(packed, (frozen, state, batch), replicated(mesh))
+    packed = over_trials(step, num_trials, trial_axis(mesh))
+    return Lowered(packed, (frozen, state, batch), mesh)
 
 
 def preview(prepared: Prepared) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a sweep would be: trials, packs, memory, compiles and time; nothing is run."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -172,7 +173,9 @@ def _trials(plan: Plan, refused: dict) -> Table:
 
 
 def _packs(packs: Sequence[Planned], costs: dict[str, Cost], spec: SweepSpec) -> Table:
-    limit, source = memory_limit(spec)
+    meshes = [pack.trials[0].settings.mesh.sizes() for pack in packs]
+    num_devices = max((math.prod(sizes.values()) for sizes in meshes), default=1)
+    limit, source = memory_limit(spec, num_devices)
     room = "" if limit is None else f", {limit / GIB:.1f} GiB each ({source})"
     table = Table(title=f"Packs{room}")
     for name in ("pack", "static key"):

@@ -195,7 +195,7 @@ def pack_id(trials: Sequence[Trial]) -> str:
     return digest({"version": PACK_VERSION, "trials": [t.id for t in trials]}, 12)
 
 
-def deal(trials: Sequence[Trial], width: int) -> list[list[Trial]]:
+def deal(trials: Sequence[Trial], width: int, share: int = 1) -> list[list[Trial]]:
     """Trials of one static key as packs of at most `width`.
 
     A pack's program depends on its number of trials and its largest rank, so both are
@@ -204,23 +204,44 @@ def deal(trials: Sequence[Trial], width: int) -> list[list[Trial]]:
     falling rank, which gives every pack one of the largest as long as there are enough.
     A short last pack, which would compile once more for little work, does not occur.
 
+    Devices that share a pack's trials must come out even, so there trials go round by
+    so many at a time; those of the lowest rank, fewer than `share`, that are left over
+    are a pack of their own.
+
     Args:
       trials: With one static key.
-      width: At least 1.
+      width: At least 1; a multiple of `share` unless there are fewer trials than that.
+      share: Devices that share a pack's trials.
     """
-    count = len(trials)
-    least = -(-count // width)
-    # Half as many packs again, at most: narrower packs share the base among fewer.
-    even = [n for n in range(least, least * 3 // 2 + 1) if count % n == 0]
-    num_packs = even[0] if even else least
     falling = sorted(trials, key=lambda trial: -trial.rank)
-    packs = [falling[start::num_packs] for start in range(num_packs)]
+    num_shares = len(trials) // share
+    whole, left = falling[: num_shares * share], falling[num_shares * share :]
+    packs = [left] if left else []
+    if num_shares:
+        most = max(width // share, 1)
+        least = -(-num_shares // most)
+        # Half as many packs again, at most: narrower packs share the base among fewer.
+        choices = range(least, least * 3 // 2 + 1)
+        even = [count for count in choices if num_shares % count == 0]
+        count = even[0] if even else least
+        each = lambda start: range(start, num_shares, count)
+        packs[:0] = [
+            [trial for one in each(start) for trial in whole[one::num_shares]]
+            for start in range(count)
+        ]
     return [sorted(pack, key=lambda trial: trial.number) for pack in packs]
 
 
-def halves(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """A pack that was too wide as two, again with equal programs where possible."""
-    return deal(trials, -(-len(trials) // 2))
+def half_of(width: int, share: int = 1) -> int:
+    """The width of the halves of a pack: whole shares, where it has two or more."""
+    half = -(-width // 2)
+    return half // share * share or half
+
+
+def halves(trials: Sequence[Trial], share: int = 1) -> list[list[Trial]]:
+    """A pack that was too wide in parts, again with equal programs where possible."""
+    width = half_of(len(trials), share)
+    return deal(trials, width, share if width >= share else 1)
 
 
 def program(trials: Sequence[Trial]) -> tuple[str, int, int]:

@@ -32,13 +32,14 @@ from lowrank.sweeps.group import (
     check_trials,
     deal,
     groups,
+    half_of,
     halves,
     reasons_alone,
 )
 from lowrank.sweeps.halving import Race, mark_cut, races
 from lowrank.sweeps.look import Look
 from lowrank.sweeps.plan import Packing, Planned
-from lowrank.sweeps.width import width
+from lowrank.sweeps.width import share_of, width
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ def make_plan(
     placed = {trial.id for pack in packs for trial in pack.todo} | known.keys()
     fresh = [trial for trial in first if trial.id not in placed]
     for group in groups(fresh):
-        for pack in deal(group, width(group, spec, packing.memory)):
+        most = width(group, spec, packing.memory)
+        for pack in deal(group, most, share_of(group[0].settings)):
             packs.append(Planned(pack, pack))
     ends = {trial.id: race.until for race in found for trial in race.trials}
     packs = [
@@ -231,7 +233,7 @@ def _run_packs(
         )
         try:
             found = packing.run(
-                [_quiet(trial.settings) for trial in pack.trials],
+                [_ready(trial.settings, len(pack.trials)) for trial in pack.trials],
                 [trial.overrides for trial in pack.trials],
                 folder=folder,
                 until=pack.until,
@@ -242,8 +244,9 @@ def _run_packs(
                 board.tell(trial, "stopped", "saved; the same line continues")
             raise
         except Exception as error:
-            if len(todo) > 1 and isinstance(error, OutOfMemory):
-                fits[todo[0].key] = -(-len(todo) // 2)
+            if _divisible(todo) and isinstance(error, OutOfMemory):
+                share = share_of(todo[0].settings)
+                fits[todo[0].key] = half_of(len(todo), share)
                 logger.warning("%s; packs like it are halved", error)
             elif len(todo) > 1 and _refused(error) and not saved(folder):
                 logger.warning("pack %s is refused, and halved: %s", name, error)
@@ -296,18 +299,29 @@ def _refused(error: Exception) -> bool:
     return isinstance(error, BadInput | Corrupt | CannotWrite)
 
 
+def _divisible(trials: Sequence[Trial]) -> bool:
+    """Whether some device has more than one of these trials, when they are a pack."""
+    return len(trials) > trials[0].settings.mesh.share(len(trials))
+
+
 def _halved(pack: Planned) -> list[Planned]:
     """In reverse, for the left end of a queue."""
+    parts = halves(pack.todo, share_of(pack.todo[0].settings))
     return [
         dataclasses.replace(pack, trials=half, todo=half, continued=False)
-        for half in reversed(halves(pack.todo))
+        for half in reversed(parts)
     ]
 
 
-def _quiet(settings: Settings) -> Settings:
-    """Without a progress bar, which would draw over the lines of the trials."""
+def _ready(settings: Settings, num_trials: int) -> Settings:
+    """For a pack of so many, and without a progress bar.
+
+    A bar would draw over the lines of the trials. A pack that does not come out even on
+    the trial axis gets fewer devices, not fewer trials.
+    """
     run = dataclasses.replace(settings.run, progress=False)
-    return dataclasses.replace(settings, run=run)
+    mesh = settings.mesh.for_trials(num_trials)
+    return dataclasses.replace(settings, run=run, mesh=mesh)
 
 
 def _with_directories(

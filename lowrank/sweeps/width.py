@@ -1,6 +1,7 @@
 """How many trials fit into one pack: the compiler's estimate against the memory."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -15,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 #: Bytes by width, for a pack with these settings; None where nothing is known.
 Memory = Callable[[Settings, Sequence[int]], Mapping[int, int | None]]
-#: Without `sweep.width`, no pack is wider: a lost pack loses the work of all its
-#: trials, and a device is full long before.
+#: Without `sweep.width`, no device has more trials of a pack: a lost pack loses the
+#: work of all its trials, and a device is full long before.
 WIDEST = 32
 #: The part of the memory that a step may fill. The rest is for what the estimate does
 #: not see: the interpreter, compiling, batches in flight, the best states' copies.
@@ -38,8 +39,11 @@ def remembered(needs: Memory) -> Memory:
     return asked
 
 
-def memory_limit(spec: SweepSpec) -> tuple[int | None, str]:
-    """Bytes that one device's part of a pack may need, and who says so."""
+def memory_limit(spec: SweepSpec, num_devices: int = 1) -> tuple[int | None, str]:
+    """Bytes that one device's part of a pack may need, and who says so.
+
+    Devices without memory of their own, as the cores of a CPU, share the machine's.
+    """
     if spec.memory_gib is not None:
         return int(spec.memory_gib * GIB), "sweep.memory_gib"
     device = jax.local_devices()[0]
@@ -49,7 +53,7 @@ def memory_limit(spec: SweepSpec) -> tuple[int | None, str]:
     host = memory.limit()
     if host is None:
         return None, "nothing"
-    return int(host * SHARE_OF_HOST), "this machine or its control group"
+    return int(host * SHARE_OF_HOST / num_devices), "this machine or its control group"
 
 
 def width(trials: Sequence[Trial], spec: SweepSpec, needs: Memory) -> int:
@@ -59,42 +63,61 @@ def width(trials: Sequence[Trial], spec: SweepSpec, needs: Memory) -> int:
     nothing but the kernel's killer would say so later.
 
     Args:
-      trials: With one static key.
+      trials: With one static key, and so with one mesh.
       spec: May set the width and the memory.
       needs: Compiles a pack's step and reads its memory.
 
+    Returns:
+      A multiple of the devices that share a pack's trials; where there are fewer trials
+      than devices, all of them.
+
     Raises:
-      BadInput: `sweep.width` trials need more memory than there is.
+      BadInput: `sweep.width` trials need more memory than there is, or do not come out
+        even on the mesh.
     """
-    wanted = min(spec.width or WIDEST, len(trials))
+    largest = max(trials, key=lambda trial: trial.rank).settings
+    share = share_of(largest)
+    if spec.width is not None and spec.width % share:
+        raise BadInput(
+            f"sweep.width = {spec.width} does not come out even on the {share} devices "
+            "of mesh.trial; make it a multiple"
+        )
+    if len(trials) < share:
+        return len(trials)
+    wanted = min(spec.width or WIDEST * share, len(trials)) // share
     if wanted == 1:
-        return 1
-    limit, source = memory_limit(spec)
+        return share
+    sizes = largest.mesh.sizes()
+    limit, source = memory_limit(spec, math.prod(sizes.values()))
     if limit is None:
         logger.warning(
             "this system tells no memory limit: packs of %d are taken to fit; set "
             "sweep.width or sweep.memory_gib",
-            wanted,
+            wanted * share,
         )
-        return wanted
-    largest = max(trials, key=lambda trial: trial.rank).settings
-    asked = dict(needs(largest, [wanted]))
+        return wanted * share
+
+    # From here on in trials per device: `asked` has what so many need.
+    def ask(each: int) -> int | None:
+        return needs(largest, [each * share])[each * share]
+
+    asked = {wanted: ask(wanted)}
     if (whole := asked[wanted]) is None or whole <= limit:
-        return wanted
-    asked |= needs(largest, [1])
+        return wanted * share
+    asked[1] = ask(1)
     fits = _interpolate(asked, wanted, limit)
     # All but linear in the width; where it is not, the compiler has the last word.
     while fits > 1:
-        asked |= needs(largest, [fits])
+        asked[fits] = ask(fits)
         if (found := asked[fits]) is None or found <= limit:
             break
         fits = min(fits - 1, _interpolate(asked, fits, limit))
     if spec.width is not None:
         raise BadInput(
-            f"sweep.width = {spec.width}: {wanted} trials need "
+            f"sweep.width = {spec.width}: {wanted * share} trials need "
             f"{(asked[wanted] or 0) / GIB:.2f} GiB and there are {limit / GIB:.2f} GiB "
-            f"({source}). Give at most {fits}, or null for as many as fit, a smaller "
-            "data.batching.batch_size, or more with sweep.memory_gib."
+            f"({source}). Give at most {fits * share}, or null for as many as fit, a "
+            "smaller data.batching.batch_size, or more with sweep.memory_gib."
         )
     if fits == 1 and (asked[1] or 0) > limit:
         logger.warning(
@@ -104,7 +127,13 @@ def width(trials: Sequence[Trial], spec: SweepSpec, needs: Memory) -> int:
             limit / GIB,
             source,
         )
-    return fits
+    return fits * share
+
+
+def share_of(settings: Settings) -> int:
+    """Devices along the trial axis of these settings' mesh."""
+    mesh = settings.mesh
+    return mesh.trial if mesh.trial > 0 else mesh.sizes()["trial"]
 
 
 def _interpolate(asked: Mapping[int, int | None], wide: int, limit: int) -> int:

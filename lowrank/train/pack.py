@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from lowrank.core.arrays import Frozen
 from lowrank.core.memory import give_back
-from lowrank.train.state import TrainState
+from lowrank.sharding import by_trial, trial_axis
+from lowrank.train.state import TrainState, on_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +26,17 @@ logger = logging.getLogger(__name__)
 _UNTOUCHED = ("best", "best_value", "best_step")
 
 
-def over_trials(step: Callable, num_trials: int) -> Callable:
-    """`step` for a whole pack: (frozen, state, batch) -> (state, metrics)."""
+def over_trials(
+    step: Callable, num_trials: int, spmd_axis: str | None = None
+) -> Callable:
+    """`step` for a whole pack: (frozen, state, batch) -> (state, metrics).
+
+    Args:
+      step: One trial's.
+      num_trials: In the pack.
+      spmd_axis: The mesh axis that the trials are split over, if there is one; what a
+        model says about the sharding of its arrays then holds for each trial.
+    """
 
     def packed(frozen: Frozen, state: TrainState, batch: Mapping[str, Array]):
         fields = dict(vars(state))
@@ -44,16 +55,19 @@ def over_trials(step: Callable, num_trials: int) -> Callable:
             metrics = {name: x[None] for name, x in metrics.items()}
         else:
             axes = {name: None if name == "step" else 0 for name in fields}
-            run = jax.vmap(one, in_axes=(axes, 0), out_axes=(axes, 0))
+            run = jax.vmap(
+                one, in_axes=(axes, 0), out_axes=(axes, 0), spmd_axis_name=spmd_axis
+            )
             moved, metrics = run(fields, batch)
         return TrainState(**moved, **aside), metrics
 
     return packed
 
 
-def jitted(packed: Callable, sharding: jax.sharding.Sharding) -> Any:
+def jitted(packed: Callable, mesh: Mesh) -> Any:
     """A pack's step to be lowered: the state is donated and comes out as it went in."""
-    return jax.jit(packed, donate_argnums=1, out_shardings=sharding)
+    out = (on_mesh(mesh), by_trial(mesh))
+    return jax.jit(packed, donate_argnums=1, out_shardings=out)
 
 
 def _but_step(change: Callable[[Array], Array], fields: Mapping[str, Any]):
@@ -82,7 +96,7 @@ class Pack:
         shapes: Sequence[Mapping[str, jax.ShapeDtypeStruct]],
         put: Callable[[Mapping[str, np.ndarray]], Mapping[str, Array]],
         num_trials: int,
-        sharding: jax.sharding.Sharding,
+        mesh: Mesh,
     ):
         """Compiles `step` for every batch in `shapes`.
 
@@ -93,15 +107,14 @@ class Pack:
           shapes: One batch of shapes (with shardings) per bucket.
           put: Moves a host batch onto the devices.
           num_trials: Trials in the pack.
-          sharding: Of the state and the metrics that come out; the state's own, so
-            that its buffers are reused.
+          mesh: Where the state lies, and the metrics that come out.
         """
         self._put = put
         self.frozen = frozen
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.shapes = {_key(batch): batch for batch in shapes}
-        self.packed = over_trials(step, num_trials)
-        program = jitted(self.packed, sharding)
+        self.packed = over_trials(step, num_trials, trial_axis(mesh))
+        program = jitted(self.packed, mesh)
         give_back()
         began = time.perf_counter()
         for key, batch in self.shapes.items():

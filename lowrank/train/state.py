@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Bool, Float
 
 from lowrank.core.arrays import Dials, Frozen, Key, Trained
+from lowrank.sharding import by_trial, replicated
 from lowrank.train import optim as optimizers
 from lowrank.train.optim import AdamW
 
@@ -119,18 +121,39 @@ def start(
     return jax.jit(begin)(keys, each, constants, given)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+def shardings(shared: Sharding, own: Sharding) -> TrainState:
+    """A prefix of a state: `own` for what has an axis of trials, else `shared`."""
+    fields = {field.name: own for field in dataclasses.fields(TrainState)}
+    return TrainState(**{**fields, "step": shared})
+
+
+def on_mesh(mesh: Mesh) -> TrainState:
+    """Where a pack's state lies: trials along the trial axis, else on all devices."""
+    return shardings(replicated(mesh), by_trial(mesh))
+
+
 def settle(
     state: TrainState, values: Float[Array, " trials"], live: Bool[Array, " trials"]
 ) -> TrainState:
     """Keeps the trained tree of every trial whose validation value is a new best.
 
     Args:
-      state: Donated.
+      state: Donated; what comes out lies where it lay.
       values: Validation values, the largest the best; the lowest float, `NO_VALUE`,
         where there is none.
       live: Which trials go on from here; one that has ended never does.
     """
+    return _settling(state.step.sharding, state.live.sharding)(state, values, live)
+
+
+@functools.cache
+def _settling(shared: Sharding, own: Sharding) -> Callable[..., TrainState]:
+    # Compiled steps take a state only as it lies on the mesh: left to itself, the
+    # compiler may put an output elsewhere.
+    return jax.jit(_settled, donate_argnums=0, out_shardings=shardings(shared, own))
+
+
+def _settled(state: TrainState, values: Array, live: Array) -> TrainState:
     better = values > state.best_value
 
     def keep(new: Array, old: Array) -> Array:

@@ -1,6 +1,7 @@
 """Training as a library: the same promises without a config or a command."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -136,6 +137,40 @@ def test_several_devices_do_what_one_does(fitter, plain):
     assert len(devices) == 4
 
 
+def test_trials_on_devices_of_their_own_do_what_one_device_does(
+    fitter, plain, tmp_path
+):
+    seeds, mesh = (0, 1), MeshSpec(trial=2, data=2)
+    spread, rows = fitter(*seeds, mesh=mesh)
+    one = losses(plain[1])
+    for step in range(1, 11):
+        assert losses(rows)[step] == pytest.approx(one[step], rel=1e-5, abs=1e-6)
+    name = "validation/accuracy"
+    scored = [
+        [r[0][name] for _, r in told if name in r[0]] for told in (rows, plain[1])
+    ]
+    assert scored[0] == scored[1]
+    for tree in ("trained", "best"):
+        mine, alone = (
+            jax.tree.map(lambda x: x[0], getattr(one.state, tree))
+            for one in (spread, plain[0])
+        )
+        assert largest_difference(mine, alone) < 1e-3
+    assert int(spread.state.best_step[0]) == int(plain[0].state.best_step[0])
+    # Stopped, it goes on bit for bit; on other devices, as close as they compute.
+    here, there = tmp_path / "here", tmp_path / "there"
+    with pytest.raises(Preempted):
+        fitter(
+            *seeds, mesh=mesh, directory=here,
+            loop=dataclasses.replace(LOOP, stop_after=7),
+        )  # fmt: skip
+    shutil.copytree(here, there)
+    again, _ = fitter(*seeds, mesh=mesh, directory=here)
+    assert fingerprint(again.state) == fingerprint(spread.state)
+    moved, _ = fitter(*seeds, mesh=MeshSpec(), directory=there)
+    assert largest_difference(moved.state.trained, spread.state.trained) < 1e-3
+
+
 def test_micro_batches_add_up_to_the_batch(fitter, plain):
     parts, rows = fitter(0, optim=dataclasses.replace(OPTIM, accumulate=4))
     one = losses(plain[1])
@@ -181,6 +216,7 @@ def test_a_directory_of_another_run_is_refused(fitter, prepared, tmp_path):
         ({"optim": [OPTIM, OPTIM]}, "1 trials have 2 settings"),
         ({"penalty": [Penalties()] * 2}, "1 trials have 2 sets of penalties"),
         ({"mesh": MeshSpec(data=3)}, "cannot be shared out"),
+        ({"mesh": MeshSpec(trial=2)}, "a pack of 1 cannot be shared out to the 2"),
         ({"loop": LoopSpec(select="beauty")}, "'beauty' is not a number"),
         ({"optim": dataclasses.replace(OPTIM, accumulate=3)}, "accumulate = 3"),
     ],

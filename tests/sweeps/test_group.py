@@ -146,6 +146,29 @@ def test_an_uneven_last_pack_is_shared_out(many):
     assert len({program(pack) for pack in packs}) == 1
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 8, 13, 24, 31])
+@pytest.mark.parametrize("most", [4, 8, 16])
+def test_packs_come_out_even_on_the_devices_that_share_them(many, count, most):
+    share = 4
+    ranks = [8 if number % 2 else 2 for number in range(count)]
+    packs = deal(many(ranks), most, share)
+    assert sorted(t.number for pack in packs for t in pack) == list(range(count))
+    assert max(len(pack) for pack in packs) <= most
+    uneven = [pack for pack in packs if len(pack) % share]
+    assert len(uneven) == bool(count % share)
+    for pack in uneven:
+        assert len(pack) == count % share
+        # Nobody else is kept waiting for a lower rank than theirs.
+        others = [t.rank for other in packs if other is not pack for t in other]
+        assert max(t.rank for t in pack) <= min(others, default=8)
+    for pack in packs:
+        if len(pack) > share:
+            parts = halves(pack, share)
+            assert all(len(part) % share == 0 for part in parts)
+            assert max(map(len, parts)) < len(pack)
+    assert [len(half) for half in halves(many([4] * share), share)] == [2, 2]
+
+
 def test_a_packs_id_knows_its_order(many):
     trials = many([4, 4, 4])
     assert pack_id(trials) == pack_id(list(trials))
@@ -245,3 +268,16 @@ def test_the_gravest_exit_code_tells():
     assert gravest([78, 1]) == 1
     assert gravest([75, 77]) == 77
     assert gravest([78, 99]) == 99, "not ours: a bug"
+
+
+def test_a_width_comes_out_even_on_the_devices_that_share_trials(trial):
+    trials = [trial("mesh.trial=4", f"seed={n}") for n in range(30)]
+    needs = Needs(0.0, 0.5)
+    assert width(trials, SweepSpec(memory_gib=7.0), needs) == 12
+    assert all(asked % 4 == 0 for asked in needs.asked)
+    assert width(trials[:3], SweepSpec(memory_gib=0.1), needs) == 3
+    assert width(trials[:7], SweepSpec(memory_gib=0.1), needs) == 4
+    with pytest.raises(BadInput, match=r"sweep.width = 6 .* the 4 devices"):
+        width(trials, SweepSpec(width=6), needs)
+    with pytest.raises(BadInput, match=r"16 trials need 8\.00 GiB.*at most 12"):
+        width(trials, SweepSpec(width=16, memory_gib=7.0), needs)

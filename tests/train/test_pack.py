@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 
-from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate, replicated
+from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
@@ -111,7 +111,7 @@ def test_steps_compile_once_per_shape_and_never_later():
     batches = [toy.stack([toy.batch(0, seq=6)]), toy.stack([toy.batch(1, seq=9)])]
     shapes = [batch_shapes(batch, mesh, 1) for batch in batches]
     put = lambda batch: place_batch(batch, mesh, 1)
-    pack = Pack(step, frozen, state, shapes, put, 1, replicated(mesh))
+    pack = Pack(step, frozen, state, shapes, put, 1, mesh)
     assert set(pack.compiled) == {(8, 6), (8, 9)}
     pointer = frozen["embed"].unsafe_buffer_pointer()
     state, _ = pack(state, batches[0])

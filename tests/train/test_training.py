@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from lowrank.core.errors import Preempted
-from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate, replicated
+from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import Events, Loop, LoopSpec, fresh
@@ -55,7 +55,7 @@ class World:
         shapes = [batch_shapes(Data().at(0), mesh, 1)]
         self.pack = Pack(
             step, replicate(self.adapted.frozen(), mesh), self.start(), shapes,
-            lambda batch: place_batch(batch, mesh, 1), TRIALS, replicated(mesh),
+            lambda batch: place_batch(batch, mesh, 1), TRIALS, mesh,
         )  # fmt: skip
 
     def start(self):
