@@ -37,7 +37,7 @@ from lowrank.sweeps.rungs import (
     ranked,
     store,
 )
-from lowrank.sweeps.width import Memory, width
+from lowrank.sweeps.width import Memory, share_of, width
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +172,10 @@ class Race:
             (self.since, [trial for trial in left if trial.id not in forced]),
             (0, [trial for trial in left if trial.id in forced]),
         ):
-            for pack in deal(own, width(own, spec, memory)) if own else ():
-                found.append(planned(pack, since, continued=False))
+            if own:
+                share = share_of(own[0].settings)
+                dealt = deal(own, width(own, spec, memory), share)
+                found += [planned(pack, since, continued=False) for pack in dealt]
         return found
 
     def decide(self, outcomes: Mapping[str, Outcome]) -> Decision | None:
