@@ -7,8 +7,9 @@ import importlib
 import json
 import shutil
 
+import optuna
 import pytest
-from hydra.core.utils import JobStatus
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from test_sweep import FakePack, Killed, Seen, facts, only_sweep, sweep
 from tiny_run import predictions
@@ -28,6 +29,7 @@ from lowrank.run.door import name_sweep
 from lowrank.run.packs import Outcome, run_pack
 from lowrank.run.prepare import directory_of
 from lowrank.run.settings import read
+from lowrank.sweeps.ask import _tell as tell
 from lowrank.sweeps.load import load_sweep
 from lowrank.sweeps.report import write_report
 
@@ -313,3 +315,15 @@ def test_four_trials_halved_for_real(sweep, world, tmp_path):
         both = [predictions(path, split)["logits"] for path in
                 (record.directory, tmp_path / "alone")]  # fmt: skip
         assert abs(both[0] - both[1]).max() < 1e-3
+
+
+def test_a_study_is_told_of_a_cut_trial_as_pruned():
+    """No value: what it had at its rung is not what others had at the end."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    numbers = [study.ask(space).number for _ in range(2)]
+    for number, value in zip(numbers, (None, 0.5), strict=True):
+        job = JobReturn(status=JobStatus.COMPLETED)
+        job.return_value = value
+        tell(study, number, job, halving=True)
+    assert [one.state.name for one in study.trials] == ["PRUNED", "COMPLETE"]
