@@ -57,7 +57,8 @@ class RacePack(FakePack):
 
     def __init__(self):
         super().__init__()
-        self.seen, self.spoiled, self.kill = [], set(), None
+        self.seen, self.spoiled = [], set()
+        self.kill: int | None = None
 
     def strike(self):
         if self.kill is not None:
@@ -304,11 +305,13 @@ def test_four_trials_halved_for_real(sweep, world, tmp_path):
     assert code == 0, said
     states = load_sweep(only_sweep(tmp_path)).trials
     assert sorted(states["status"]) == ["cut", "cut", "cut", "done"]
-    (kept,) = states[states["status"] == "done"].to_dict("records")
+    (kept,) = states[states["status"] == "done"].to_dict(orient="records")
     assert kept["optim.lr"] == 0.02
     record = load_record(only_sweep(tmp_path) / kept["directory"])
     config = {**record.config, "run": {**record.config["run"], "directory": "alone"}}
     (alone,) = run_pack([read({**config, "sweep": None})])
+    assert record.result is not None
+    assert alone.result is not None
     for name in ("steps", "best_step", "skipped_steps"):
         assert record.result[name] == alone.result[name]
     for split in ("validation", "test"):
@@ -320,7 +323,9 @@ def test_four_trials_halved_for_real(sweep, world, tmp_path):
 def test_a_study_is_told_of_a_cut_trial_as_pruned():
     """No value: what it had at its rung is not what others had at the end."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    space: dict[str, optuna.distributions.BaseDistribution] = {
+        "x": optuna.distributions.FloatDistribution(0, 1)
+    }
     numbers = [study.ask(space).number for _ in range(2)]
     for number, value in zip(numbers, (None, 0.5), strict=True):
         job = JobReturn(status=JobStatus.COMPLETED)
