@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.errors import Corrupt
@@ -158,7 +159,9 @@ def _gathered(
             elif not name.startswith(_NEIGHBORS):
                 raise Corrupt(f"the pack that a trial comes from has no leaf {name!r}")
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        keys = jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf))
+        keys = jax.random.wrap_key_data(
+            jnp.asarray(found), impl=jax.random.key_impl(leaf)
+        )
         return jax.device_put(keys, leaf.sharding)
     return jax.device_put(found, leaf.sharding)
 

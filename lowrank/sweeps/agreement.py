@@ -6,13 +6,13 @@ lies close together.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 from scipy import stats
 
-from lowrank.report.arms import is_missing, records
+from lowrank.report.arms import is_missing, numbers, records
 from lowrank.sweeps.load import LOWER_IS_BETTER, Sweep
 from lowrank.sweeps.rungs import Decision
 
@@ -62,14 +62,18 @@ def agreement(first: Sequence[float], second: Sequence[float]) -> Agreement:
     count = len(first)
     if count < LEAST or len(set(first)) == 1 or len(set(second)) == 1:
         return Agreement(count, None, None)
-    tau = stats.kendalltau(first, second).statistic
-    rho = stats.spearmanr(first, second).statistic
-    return Agreement(count, float(tau), float(rho))
+    tau, _ = stats.kendalltau(first, second)
+    rho, _ = stats.spearmanr(first, second)
+    return Agreement(count, *np.asarray([tau, rho], np.float64).tolist())
 
 
 def rungs_of(sweep: Sweep) -> list[Told]:
     """All rungs of a sweep, those of a contest one after another."""
     trials = {one["trial"]: one for one in records(sweep.trials)}
+    rates: dict[str, float] = {}
+    if _RATE in sweep.trials:
+        names = sweep.trials["trial"].tolist()
+        rates = dict(zip(names, numbers(sweep.trials, _RATE).tolist(), strict=True))
     found = []
     for decision in sweep.rungs:
         after = [
@@ -88,7 +92,7 @@ def rungs_of(sweep: Sweep) -> list[Told]:
                 decision,
                 _beside(decision, final),
                 _beside(decision, dict(after[0].order)) if after else None,
-                _rates(decision, trials),
+                _rates(decision, rates),
             )
         )
     return found
@@ -156,13 +160,13 @@ def _beside(decision: Decision, other: Mapping[str, float | None]) -> Agreement:
 
 
 def _rates(
-    decision: Decision, trials: Mapping[str, Mapping[str, object]]
+    decision: Decision, rates: Mapping[str, float]
 ) -> tuple[float, float] | None:
     kept: list[float] = []
     cut: list[float] = []
     for trial, _ in decision.order:
-        rate = pd.to_numeric(str(trials.get(trial, {}).get(_RATE)), errors="coerce")
-        (kept if trial in decision.kept else cut).append(float(rate))
+        own = kept if trial in decision.kept else cut
+        own.append(rates.get(trial, math.nan))
     if not kept or not cut or len({*kept, *cut}) == 1 or np.isnan([*kept, *cut]).any():
         return None
     return float(np.median(kept)), float(np.median(cut))

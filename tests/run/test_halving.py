@@ -25,6 +25,7 @@ from lowrank.core.errors import (
 from lowrank.io.record import Record
 from lowrank.io.seals import read_sealed
 from lowrank.io.view import load_record
+from lowrank.report.arms import records
 from lowrank.run.door import name_sweep
 from lowrank.run.packs import Outcome, run_pack
 from lowrank.run.prepare import directory_of
@@ -57,7 +58,8 @@ class RacePack(FakePack):
 
     def __init__(self):
         super().__init__()
-        self.seen, self.spoiled, self.kill = [], set(), None
+        self.seen, self.spoiled = [], set()
+        self.kill: int | None = None
 
     def strike(self):
         if self.kill is not None:
@@ -144,7 +146,8 @@ def test_each_rung_keeps_the_best_of_all_packs_in_narrower_ones(sweep, tmp_path)
             told = f"place {one['keep'] + place + 1} of {len(one['order'])}"
             assert f"cut at step {one['step']} by halving: {told}" in reason
             assert value == one["step"] - states.loc[trial, "optim.lr"]
-    assert {lr for lr in states.loc[states["status"] == "done", "optim.lr"]} == {0.1}
+    done = [one for one in records(loaded.trials) if one["status"] == "done"]
+    assert [one["optim.lr"] for one in done] == [0.1]
     arms = loaded.arms()
     assert arms["num_done"].sum() == 1, "what was cut has no mean, low or high"
     jobs = {job.cfg.optim.lr: job for _, job, _ in Seen.jobs}
@@ -292,6 +295,7 @@ def test_halving_is_part_of_a_sweeps_name():
     assert name("sweep=halving") == name("sweep=halving", "sweep.width=2")
 
 
+@pytest.mark.slow
 def test_four_trials_halved_for_real(sweep, world, tmp_path):
     """The one that goes on leaves what it leaves alone, as in `test_packs`."""
     small = (
@@ -302,13 +306,15 @@ def test_four_trials_halved_for_real(sweep, world, tmp_path):
     grid = ("optim.lr=1e-5,0.02", "seed=1,2")
     code, said = sweep(run_pack, *small, grid=grid)
     assert code == 0, said
-    states = load_sweep(only_sweep(tmp_path)).trials
-    assert sorted(states["status"]) == ["cut", "cut", "cut", "done"]
-    (kept,) = states[states["status"] == "done"].to_dict("records")
+    trials = records(load_sweep(only_sweep(tmp_path)).trials)
+    assert sorted(one["status"] for one in trials) == ["cut", "cut", "cut", "done"]
+    (kept,) = (one for one in trials if one["status"] == "done")
     assert kept["optim.lr"] == 0.02
     record = load_record(only_sweep(tmp_path) / kept["directory"])
     config = {**record.config, "run": {**record.config["run"], "directory": "alone"}}
     (alone,) = run_pack([read({**config, "sweep": None})])
+    assert record.result is not None
+    assert alone.result is not None
     for name in ("steps", "best_step", "skipped_steps"):
         assert record.result[name] == alone.result[name]
     for split in ("validation", "test"):
@@ -320,7 +326,9 @@ def test_four_trials_halved_for_real(sweep, world, tmp_path):
 def test_a_study_is_told_of_a_cut_trial_as_pruned():
     """No value: what it had at its rung is not what others had at the end."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    space: dict[str, optuna.distributions.BaseDistribution] = {
+        "x": optuna.distributions.FloatDistribution(0, 1)
+    }
     numbers = [study.ask(space).number for _ in range(2)]
     for number, value in zip(numbers, (None, 0.5), strict=True):
         job = JobReturn(status=JobStatus.COMPLETED)

@@ -47,35 +47,31 @@ def together(world):
 def test_a_trial_leaves_what_it_would_leave_alone(alone, together, trial):
     """float32 through 16 steps, and sums of another order: 1e-4 of each number."""
     (here, results), (there, outcomes) = alone, together
-    same_trial(here / str(trial), there / str(trial), results[trial], outcomes[trial])
+    want, got = results[trial], outcomes[trial].result
+    for name in ("trial", "data", "steps", "best_step", "skipped_steps"):
+        assert got[name] == want[name]
+    names = ("trained_parameters", "padding_parameters", "adapter_bytes")
+    assert [got["costs"][n] for n in names] == [want["costs"][n] for n in names]
+    rows = (metric_rows(where / str(trial)) for where in (here, there))
+    for one, other in zip(*rows, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            if name != "summary":
+                np.testing.assert_allclose(other[name], value, rtol=1e-3, atol=1e-5)
+    for split in ("validation", "test"):
+        one, other = (predictions(w / str(trial), split) for w in (here, there))
+        np.testing.assert_allclose(other["logits"], one["logits"], atol=1e-3)
+    runs = [load_run(where / str(trial)) for where in (here, there)]
+    for path, factors in runs[0].trained.items():
+        if isinstance(factors, dict):
+            for name, factor in factors.items():
+                assert runs[1].trained[path][name].shape == factor.shape
     files = [
         {str(p.relative_to(where / str(trial))) for p in (where / str(trial)).rglob("*")
          if p.is_file() and "checkpoints" not in p.parts}
         for where in (here, there)
     ]  # fmt: skip
     assert files[0] == files[1]
-
-
-def same_trial(here, there, want, outcome):
-    """Asserts that two directories hold one trial, up to the order of sums."""
-    got = outcome.result
-    for name in ("trial", "data", "steps", "best_step", "skipped_steps"):
-        assert got[name] == want[name]
-    names = ("trained_parameters", "padding_parameters", "adapter_bytes")
-    assert [got["costs"][n] for n in names] == [want["costs"][n] for n in names]
-    for one, other in zip(metric_rows(here), metric_rows(there), strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            if name != "summary":
-                np.testing.assert_allclose(other[name], value, rtol=1e-3, atol=1e-5)
-    for split in ("validation", "test"):
-        one, other = (predictions(where, split) for where in (here, there))
-        np.testing.assert_allclose(other["logits"], one["logits"], atol=1e-3)
-    runs = [load_run(where) for where in (here, there)]
-    for path, factors in runs[0].trained.items():
-        if isinstance(factors, dict):
-            for name, factor in factors.items():
-                assert runs[1].trained[path][name].shape == factor.shape
 
 
 def test_a_pack_is_continued_by_its_own_trials_in_their_order(world, together):
