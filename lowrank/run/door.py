@@ -70,10 +70,16 @@ def command(
         log_to_stderr()
         try:
             given = resolve(config)
-            if (given.get("sweep") or {}).get("dry_run"):
+            sweep = given.get("sweep") or {}
+            if sweep.get("dry_run"):
                 raise BadInput(
                     "sweep.dry_run=true shows what a packed sweep would do: give "
                     "-m hydra/launcher=packed with it, or run.preview=true for one run"
+                )
+            if (engine := sweep.get("engine", "local")) != "local":
+                raise BadInput(
+                    f"sweep.engine={engine} says where a sweep's packs run: give -m "
+                    "hydra/launcher=packed with it"
                 )
             return task(given, list(HydraConfig.get().overrides.task))
         except LowrankError as error:
