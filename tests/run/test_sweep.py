@@ -62,6 +62,7 @@ class FakePack:
 
     Attributes:
       packs: (lr, seed) of the trials of every pack that was run.
+      shares: Devices that shared the trials of each.
       restored: Whether those that came so far found a checkpoint.
       widest: With more trials than this, the device is out of memory.
       fails, refuses, bugs: Seeds of trials that are not finite, or whose whole pack is
@@ -70,12 +71,13 @@ class FakePack:
     """
 
     def __init__(self):
-        self.packs, self.restored = [], []
+        self.packs, self.shares, self.restored = [], [], []
         self.widest, self.die_after = 99, None
         self.fails, self.refuses, self.bugs, self.stops = set(), set(), set(), set()
 
     def __call__(self, settings, overrides, *, folder):
         self.packs.append([(one.optim.lr, one.seed) for one in settings])
+        self.shares.append(settings[0].mesh.sizes()["trial"])
         seeds = {one.seed for one in settings}
         for one in settings:
             assert (directory_of(one) / ".hydra" / "config.yaml").exists()
@@ -229,6 +231,15 @@ def test_a_pack_too_wide_for_the_device_is_halved_and_later_ones_with_it(sweep):
     assert sizes == [4, 2, 1, 1, 1, 1, 1, 1, 1, 1], "the second pack tried 4 again"
     assert len({place for one in pack.packs if len(one) == 1 for place in one}) == 8
     assert "halved" in said
+
+
+def test_packs_come_out_even_on_the_devices_that_share_their_trials(sweep):
+    pack = FakePack()
+    grid = ("optim.lr=0.1", "seed=1,2,3,4,5,6,7")
+    code, said = sweep(pack, "mesh.trial=4", grid=grid)
+    assert code == 0, said
+    assert [len(one) for one in pack.packs] == [4, 3]
+    assert pack.shares == [4, 3], "what is left over leaves a device idle"
 
 
 def test_a_trial_that_makes_its_pack_refuse_is_found_and_the_rest_run(sweep):
