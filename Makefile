@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 NEWEST ?= python3.13
 
-.PHONY: demo test test-full test-faults docs-faults test-newest parity foreign docs-models notebooks lint bench bench-sweep clean
+.PHONY: demo test test-full test-faults test-engines docs-faults test-newest parity foreign docs-models notebooks lint bench bench-sweep clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ $(VENV)/.foreign: $(VENV)/.made tests/foreign/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/foreign/requirements.txt
 	touch $@
 
+$(VENV)/.engines: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[ray,slurm]'
+	touch $@
+
 demo: $(VENV)/.made
 	$(BIN)/python -m experiments.demo
 
@@ -41,6 +45,10 @@ test-full: $(VENV)/.made
 # Whatever may happen to a run.
 test-faults: $(VENV)/.made
 	$(BIN)/python -m pytest -n $(WORKERS) -m faults tests/faults
+
+# Packs that Ray and submitit carry to other processes, some of which are killed.
+test-engines: $(VENV)/.engines
+	$(BIN)/python -m pytest -q -m faults tests/engines
 
 # The table in docs/faults.md, from a run of every test that stands for a fault.
 docs-faults: $(VENV)/.made

@@ -54,6 +54,10 @@ class OutOfMemory(LowrankError, MemoryError):
     """The device has no room for what was asked of it."""
 
 
+class WorkerLost(LowrankError):
+    """A pack's process in another place died, and so did those that went on with it."""
+
+
 class Corrupt(LowrankError):
     """A stored state is damaged, or belongs to another run."""
 

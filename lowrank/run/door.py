@@ -83,6 +83,11 @@ def command(
                     "sweep=halving cuts trials of a packed sweep: give "
                     "-m hydra/launcher=packed with it, or sweep=default for one run"
                 )
+            if (engine := sweep.get("engine", "local")) != "local":
+                raise BadInput(
+                    f"sweep.engine={engine} says where a sweep's packs run: give -m "
+                    "hydra/launcher=packed with it"
+                )
             return task(given, list(HydraConfig.get().overrides.task))
         except LowrankError as error:
             end(error)

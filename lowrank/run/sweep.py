@@ -1,7 +1,8 @@
 """What one line of many trials may say: how they run, and what packs can vary."""
 
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
@@ -75,6 +76,15 @@ class SweepSpec:
       width: Trials in a pack, at most; as many as fit into memory if None.
       memory_gib: Memory that a pack may need; what the machine gives if None.
       on_failure: Whether the other packs still run after a trial has failed.
+      engine: Where packs run: "local", in this process; "ray" or "submitit", in
+        processes of those engines, on this machine or others that see its files.
+      workers: Packs that such an engine is given at a time; all if None.
+      retries: Times a pack is started again after its worker died or was taken away.
+      grace_seconds: How long a worker may take to save when the sweep is stopped.
+      ray: `address` of a cluster (one is started here if it is missing), and what a
+        pack needs of it: options of `ray.remote`, as `num_gpus`.
+      submitit: `cluster` (slurm if it is missing, or local), and parameters of
+        `submitit.AutoExecutor`, as `timeout_min`, `slurm_partition`.
       halving: Cut trials on the way; None: all train to the end.
     """
 
@@ -83,11 +93,32 @@ class SweepSpec:
     width: int | None = None
     memory_gib: float | None = None
     on_failure: Literal["continue", "stop"] = "continue"
+    engine: Literal["local", "ray", "submitit"] = "local"
+    workers: int | None = None
+    retries: int = 3
+    grace_seconds: float = 60.0
+    ray: Mapping[str, Any] | None = None
+    submitit: Mapping[str, Any] | None = None
     halving: Halving | None = None
 
     def __post_init__(self) -> None:
         if self.width is not None and self.width < 1:
             raise BadInput(f"sweep.width must be at least 1, or null, not {self.width}")
+        if self.workers is not None and self.workers < 1:
+            raise BadInput(
+                f"sweep.workers must be at least 1, or null, not {self.workers}"
+            )
+        if self.retries < 0:
+            raise BadInput(f"sweep.retries must be at least 0, not {self.retries}")
+        if not self.grace_seconds >= 0:
+            raise BadInput(
+                f"sweep.grace_seconds must be at least 0, not {self.grace_seconds}"
+            )
+        for name in ("ray", "submitit"):
+            if getattr(self, name) and self.engine != name:
+                raise BadInput(
+                    f"sweep.{name} is for sweep.engine={name}, and it is {self.engine}"
+                )
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise BadInput(
                 f"sweep.memory_gib must be positive, or null, not {self.memory_gib}"

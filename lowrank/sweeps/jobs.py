@@ -5,15 +5,13 @@ return value or its exception. One thing they cannot see: `on_job_start` comes a
 training, for the jobs of a pack are told one after another when the pack has ended.
 """
 
-import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import (
     JobReturn,
@@ -24,7 +22,6 @@ from hydra.core.utils import (
 )
 from hydra.errors import CompactHydraException
 from hydra.types import HydraContext, TaskFunction
-from jax.experimental.compilation_cache import compilation_cache
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lowrank.core.errors import BadInput, LowrankError, exit_code, gravest
@@ -34,10 +31,13 @@ from lowrank.run.door import Course, end, log_to_stderr, resolve
 from lowrank.run.packs import Outcome
 from lowrank.run.settings import read
 from lowrank.sweeps.dry import show_plan
+from lowrank.sweeps.engine import COMPILED, compiled_once
+from lowrank.sweeps.engines import check_engine, open_engine
 from lowrank.sweeps.group import Trial, labelled
-from lowrank.sweeps.launch import PACKS, Packing, make_plan, run_plan
+from lowrank.sweeps.launch import PACKS, Packing, make_plan
 from lowrank.sweeps.load import load_sweep
 from lowrank.sweeps.results import send_summary, show_results, write_results
+from lowrank.sweeps.runner import run_plan
 from lowrank.sweeps.width import remembered
 from lowrank.train.guard import interruptible
 
@@ -85,7 +85,7 @@ def launch(
     course.started = True
     directory = local_path(str(config.hydra.sweep.dir))
     try:
-        with interruptible(), _compiled_once(directory / PACKS / "compiled"):
+        with interruptible(), compiled_once(directory / PACKS / COMPILED):
             _redact_multirun(directory, config)
             logger.info("composing %d jobs", len(job_overrides))
             jobs = [
@@ -98,12 +98,14 @@ def launch(
                 raise BadInput(
                     "the fields of `sweep` hold for all jobs: sweep over others"
                 )
+            check_engine(spec)
             packing = dataclasses.replace(packing, memory=remembered(packing.memory))
             plan = make_plan(trials, directory, packing, spec)
             if spec.dry_run:
                 show_plan(plan, packing.memory, spec)
                 return [_returned(job) for job in jobs]
-            outcomes = run_plan(plan, directory, packing, spec)
+            with open_engine(spec, directory / PACKS) as engine:
+                outcomes = run_plan(plan, directory, packing, spec, engine)
             sweep = load_sweep(directory)
             write_results(sweep)
             show_results(sweep)
@@ -204,25 +206,6 @@ def _returned(job: DictConfig) -> JobReturn:
     )
     returned.return_value = None
     return returned
-
-
-@contextlib.contextmanager
-def _compiled_once(folder: Path) -> Iterator[None]:
-    """Keeps compiled programs on disk, where the user has not said so already.
-
-    Packs of one kind, the estimate of their memory and a line that is given again then
-    compile each step once.
-    """
-    if jax.config.jax_compilation_cache_dir:
-        yield
-        return
-    try:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
 
 
 def _redact_multirun(directory: Path, config: DictConfig) -> None:

@@ -77,6 +77,8 @@ def width(trials: Sequence[Trial], spec: SweepSpec, needs: Memory) -> int:
     """
     largest = max(trials, key=lambda trial: trial.rank).settings
     share = share_of(largest)
+    if spec.engine != "local":
+        _check_elsewhere(largest, spec)
     if spec.width is not None and spec.width % share:
         raise BadInput(
             f"sweep.width = {spec.width} does not come out even on the {share} devices "
@@ -85,8 +87,8 @@ def width(trials: Sequence[Trial], spec: SweepSpec, needs: Memory) -> int:
     if len(trials) < share:
         return len(trials)
     wanted = min(spec.width or WIDEST * share, len(trials)) // share
-    if wanted == 1:
-        return share
+    if wanted == 1 or (spec.engine != "local" and spec.memory_gib is None):
+        return wanted * share
     sizes = largest.mesh.sizes()
     limit, source = memory_limit(spec, math.prod(sizes.values()))
     if limit is None:
@@ -128,6 +130,20 @@ def width(trials: Sequence[Trial], spec: SweepSpec, needs: Memory) -> int:
             source,
         )
     return fits * share
+
+
+def _check_elsewhere(settings: Settings, spec: SweepSpec) -> None:
+    """Refuses to guess what machines have that this process does not see."""
+    if settings.mesh.trial == -1:
+        raise BadInput(
+            f"mesh.trial = -1 with sweep.engine={spec.engine}: this machine does not "
+            "know how many devices a worker has; give their number"
+        )
+    if spec.width is None and spec.memory_gib is None:
+        raise BadInput(
+            f"sweep.engine={spec.engine}: this machine does not know how much memory a "
+            "worker has; give sweep.width or sweep.memory_gib"
+        )
 
 
 def share_of(settings: Settings) -> int:
