@@ -14,7 +14,7 @@ from lowrank.core.memory import give_back
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
 from lowrank.run.forward import inputs_of, on_inputs
-from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate, replicated
+from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
@@ -52,7 +52,7 @@ class Packed:
         )  # fmt: skip
         self._pack = Pack(
             step, frozen, self._state, [batch_shapes(self._batch, mesh, 1)],
-            lambda b: place_batch(b, mesh, 1), num_trials, replicated(mesh),
+            lambda b: place_batch(b, mesh, 1), num_trials, mesh,
         )  # fmt: skip
         (compiled,) = self._pack.compiled.values()
         self.facts = {

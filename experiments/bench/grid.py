@@ -90,7 +90,7 @@ class Grid:
             "validation": VALIDATION_ROWS,
             "test": TEST_ROWS,
         }
-        known: set[str] = set()
+        known: list[str] = []
         for name, count in wanted.items():
             split = task.splits[name]
             frame = pd.DataFrame(
@@ -102,7 +102,7 @@ class Grid:
             if known:
                 frame = frame[frame["label"].isin(known)]
             rows = frame.iloc[rng.permutation(len(frame))[:count]]
-            known = known or set(rows["label"])
+            known = known or sorted(set(rows["label"]))
             path = Path(self.folder) / "data" / f"{name}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
             rows.to_csv(path, index=False)

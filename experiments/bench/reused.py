@@ -19,7 +19,7 @@ from lowrank.data.pipeline import TrainPipeline
 from lowrank.evaluate.score import numbers, score_trials
 from lowrank.run.forward import Forward, inputs_of, on_inputs
 from lowrank.run.prepare import prepare_pack
-from lowrank.sharding import batch_shapes, place_batch, replicate, replicated
+from lowrank.sharding import batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.pack import Pack
@@ -57,7 +57,7 @@ def run(grid: Grid) -> dict[str, Any]:
                 together.active,
             )  # fmt: skip
             shapes = [batch_shapes(b, mesh, 1) for b in batches.examples()]
-            pack = Pack(step, frozen, state, shapes, put, 1, replicated(mesh))
+            pack = Pack(step, frozen, state, shapes, put, 1, mesh)
         metrics: Any = None
         for _, batch in batches.iterate():
             state, metrics = pack(state, batch)

@@ -210,10 +210,10 @@ def _results(directory: Path) -> dict[str, Any]:
     trials = load_sweep(directory).trials
     return {
         "validation": {
-            name: float(trials[f"best.{name}"].mean())
+            name: float(np.nanmean(trials[f"best.{name}"].to_numpy(float)))
             for name in ("accuracy", "log_loss")
         },
-        "finished": int((trials["status"] == "done").sum()),
+        "finished": list(trials["status"]).count("done"),
     }
 
 

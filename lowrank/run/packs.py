@@ -160,11 +160,12 @@ def _run_pack(
         for trial, record, own in zip(prepared.trials, records, overrides, strict=True):
             if record.finished is None:
                 write_hydra(record.directory, trial.settings.config, own)
-        fail = lambda reason: [
-            record.set_status("failed", f"hang: {reason}")
-            for record in records
-            if record.finished is None
-        ]
+
+        def fail(reason: str) -> None:
+            for record in records:
+                if record.finished is None:
+                    record.set_status("failed", f"hang: {reason}")
+
         watchdog = stack.enter_context(
             Watchdog(run.hang_seconds, run.pause_seconds, report=fail)
         )

@@ -17,8 +17,9 @@ class RunPack(Protocol):
 
     def __call__(
         self,
-        settings: Sequence[Settings],
+        trials: Sequence[Settings],
         overrides: Sequence[Sequence[str]],
+        /,
         *,
         folder: Path,
         until: int | None = None,
