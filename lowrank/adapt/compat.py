@@ -66,11 +66,16 @@ def evaluate(
         "debug_info": jaxpr.debug_info.with_unknown_names(),
     }
     if hasattr(jaxpr, "all_invars"):
-        jaxpr = jaxpr.with_consts(()) if jaxpr.num_consts else jaxpr
+        jaxpr = _unbound(jaxpr)
     else:
         changes["constvars"] = []
     done = jax.core.eval_jaxpr(jaxpr.replace(**changes), (), *given.values())
     return dict(zip(made, done, strict=True))
+
+
+def _unbound(jaxpr: Jaxpr) -> Jaxpr:
+    """The jaxpr with its constants as leading arguments, where it held them itself."""
+    return jaxpr.with_consts(()) if getattr(jaxpr, "num_consts", 0) else jaxpr
 
 
 def _varying(kind: Any) -> frozenset[str]:
@@ -107,4 +112,4 @@ def trace(fn: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
     if getattr(closed, "jaxpr", closed) is not closed:
         jaxpr = jaxpr.replace(constvars=[], invars=binders)
     cleaned, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return cleaned, consts, jax.tree.structure(shapes)
+    return _unbound(cleaned), consts, jax.tree.structure(shapes)
