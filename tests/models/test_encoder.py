@@ -87,7 +87,9 @@ def test_without_a_pooler_there_are_no_pooler_weights(pooling):
     assert set(params) == {"encoder", "head"}
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize(
+    "remat", ["none", pytest.param("full", marks=pytest.mark.slow), "dots"]
+)
 def test_scanned_and_unrolled_agree_in_value_and_gradient(remat):
     scanned, params = build(remat=remat)
     unrolled = Classifier(SPEC, CLASSES, scan=False, remat=remat)

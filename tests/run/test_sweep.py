@@ -262,7 +262,7 @@ def test_a_bug_in_one_pack_is_shown_and_the_others_run(sweep):
     assert "2 done, 2 failed" in said
 
 
-@pytest.mark.parametrize("died_after", [0, 2])
+@pytest.mark.parametrize("died_after", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_after_a_kill_packs_go_on_with_their_recorded_composition(sweep, died_after):
     pack = FakePack()
     pack.die_after = died_after

@@ -367,6 +367,7 @@ def test_head_and_full_training_are_runs_like_others(world, delta):
     )
 
 
+@SLOW
 def test_early_stopping_ends_the_run_and_a_repeat_knows(world, tmp_path):
     # At this rate nothing is learned, so the first validation stays the best.
     still = ["optim.lr=1e-9", "optim.epochs=9", "loop.patience=2"]
@@ -382,7 +383,10 @@ def test_early_stopping_ends_the_run_and_a_repeat_knows(world, tmp_path):
     assert again["costs"] == json.loads(json.dumps(result["costs"]))
 
 
-@pytest.mark.parametrize("action", ["halt", "skip", "rollback"])
+@pytest.mark.parametrize(
+    "action",
+    ["halt", pytest.param("skip", marks=SLOW), pytest.param("rollback", marks=SLOW)],
+)
 @pytest.mark.fault(
     "loss that is not finite at one step: halt, skip, rollback",
     "as the policy says; no such state is ever saved",

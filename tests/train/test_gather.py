@@ -114,7 +114,13 @@ def leaves(state):
     return {name: on_host(leaf) for name, leaf in flatten(state)[0].items()}
 
 
-@pytest.mark.parametrize("kept", [(2, 0), (1, 2)], ids=["narrower", "wider"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param((2, 0), id="narrower", marks=pytest.mark.slow),
+        pytest.param((1, 2), id="wider"),
+    ],
+)
 def test_the_state_is_that_of_a_pack_from_the_start(world, kept):
     """Moments, best states, closed components and keys included.
 
