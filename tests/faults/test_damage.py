@@ -150,7 +150,8 @@ def continued(directory, config, identity, like):
         if not checkpoints.stored_steps():
             return 0, None
         _, state, extra = checkpoints.restore(like)
-        jsonl.truncate(extra["offset"], extra["metrics_sha256"])
+        (mark,) = extra["metrics"]
+        jsonl.truncate(mark["offset"], mark["sha256"])
         metrics = (directory / "metrics.jsonl").read_text()
         costs = record.read_json("costs.json")
     found = (fingerprint(state), extra["memory"], metrics, costs)
