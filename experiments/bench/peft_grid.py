@@ -30,7 +30,7 @@ def run(grid: Grid, base: str, num_threads: int, num_classes: int) -> dict[str, 
             )
             for name in archive.files
         }
-    encoder = BertModel.from_pretrained(
+    encoder: Any = BertModel.from_pretrained(
         base, add_pooling_layer=False, attn_implementation="sdpa"
     )
     width = encoder.config.hidden_size
