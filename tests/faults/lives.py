@@ -8,6 +8,7 @@ function it waits a moment and then does to itself what the plan says.
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -40,6 +41,8 @@ PLACES = {
     "result": "lowrank.io.record:Record.result",
     "status": "lowrank.io.record:Record.set_status",
 }
+#: Where a delayed act strikes at the latest, so that no machine is too fast for it.
+LATEST = ("adapter", "result")
 #: A child that neither ends nor dies within this time has failed.
 LIFETIME = 120
 
@@ -52,7 +55,8 @@ class Fault:
       act: One of `ACTS`.
       place: One of `PLACES`.
       call: Which call of it, from 1.
-      delay: Seconds from the beginning of that call; None: before it, in its thread.
+      delay: Seconds from the beginning of that call, but before the next of `LATEST`
+        begins; None: before the call, in its thread.
       value: For the act.
     """
 
@@ -102,26 +106,38 @@ ACTS = {
 }
 
 
-def _plant(fault):
-    module, _, name = PLACES[fault.place].partition(":")
+def _before(place, act):
+    """Calls `act` with the number of the call, before each call of a place."""
+    module, _, name = PLACES[place].partition(":")
     *owners, last = name.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    original, calls = getattr(owner, last), [0]
+    original, calls = getattr(owner, last), itertools.count(1)
 
     @functools.wraps(original)
     def struck(*args, **more):
-        calls[0] += 1
-        if calls[0] == fault.call:
-            act = functools.partial(ACTS[fault.act], fault.value)
-            if fault.delay is None:
-                act()
-            else:
-                timer = threading.Timer(fault.delay, act)
-                timer.daemon = True
-                timer.start()
+        act(next(calls))
         return original(*args, **more)
 
     setattr(owner, last, struck)
+
+
+def _plant(fault):
+    act = functools.partial(ACTS[fault.act], fault.value)
+    if fault.delay is None:
+        _before(fault.place, lambda call: act() if call == fault.call else None)
+        return
+    timer = threading.Timer(fault.delay, act)
+    timer.daemon = True
+
+    def hasten(call):
+        # Alive: begun, and not struck yet.
+        if timer.is_alive():
+            timer.cancel()
+            act()
+
+    _before(fault.place, lambda call: timer.start() if call == fault.call else None)
+    for place in LATEST:
+        _before(place, hasten)
 
 
 def _live(config, environment, output, faults):
