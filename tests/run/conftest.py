@@ -2,7 +2,8 @@
 
 import jax
 import pytest
-from tiny_run import World
+from fake_packs import GRID, Seen, at_the_door
+from tiny_run import SMALL, World
 
 from lowrank.run.trial import run_trial
 
@@ -30,3 +31,20 @@ def finished(world):
     overrides = [f"run.directory={directory}", "seed=3"]
     result = run_trial(world.config(*overrides), ["seed=3", "+api_key=sk-0123456789"])
     return directory, result
+
+
+@pytest.fixture
+def sweep(world, tmp_path, monkeypatch, capfd):
+    """Gives a multirun's line: (exit code, stderr). Sweeps live under `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    Seen.jobs.clear()
+    where = [one for one in world.overrides() if not one.startswith("run.root")]
+    watch = "+hydra.callbacks.seen._target_=fake_packs.Seen"
+    with at_the_door(monkeypatch, capfd) as door:
+
+        def given(pack, *arguments, grid=GRID, **more):
+            line = ["hydra/launcher=packed", watch, *SMALL, *where, *grid, *arguments]
+            return door(pack, *line, **more)
+
+        yield given

@@ -1,18 +1,12 @@
 """Optuna asks, packs are trained, values are told; a killed study goes on."""
 
-import signal
-import sys
-
 import optuna
 import pytest
-from test_sweep import FakePack, Killed, few_bytes, never
+from fake_packs import FakePack, Killed, at_the_door
 from tiny_run import SMALL
 
-from experiments.train import objective
 from lowrank.core.errors import BAD_INPUT
-from lowrank.run.door import command
 from lowrank.sweeps.ask import JOURNAL, NAME
-from lowrank.sweeps.launch import Packing
 
 SEARCHED = ("optim.lr=tag(log, interval(0.001, 0.5))", "delta.rank=2,4")
 
@@ -20,27 +14,16 @@ SEARCHED = ("optim.lr=tag(log, interval(0.001, 0.5))", "delta.rank=2,4")
 @pytest.fixture
 def search(world, tmp_path, monkeypatch, capfd):
     """Gives a study's line: (exit code, what was said)."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
+    plugins = ("hydra/launcher=packed", "hydra/sweeper=lowrank_optuna")
+    size = ("hydra.sweeper.num_trials=6", "hydra.sweeper.batch=3")
+    own = [one for one in world.overrides() if not one.startswith("run.root")]
+    with at_the_door(monkeypatch, capfd) as door:
 
-    def given(pack, *arguments, where=tmp_path, searched=SEARCHED):
-        monkeypatch.chdir(where)
-        plugins = ("hydra/launcher=packed", "hydra/sweeper=lowrank_optuna")
-        own = [one for one in world.overrides() if not one.startswith("run.root")]
-        size = ("hydra.sweeper.num_trials=6", "hydra.sweeper.batch=3")
-        line = ["-m", *plugins, *size, *SMALL, *own, *searched, *arguments]
-        monkeypatch.setattr(sys, "argv", ["train", *line])
-        try:
-            command(never, packing=Packing(pack, few_bytes, objective))()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        said = capfd.readouterr()
-        return code, said.out + said.err
+        def given(pack, *arguments, where=tmp_path, searched=SEARCHED):
+            monkeypatch.chdir(where)
+            return door(pack, *plugins, *size, *SMALL, *own, *searched, *arguments)
 
-    yield given
-    for number, handler in before.items():
-        signal.signal(number, handler)
+        yield given
 
 
 def told(folder):

@@ -9,9 +9,9 @@ import shutil
 
 import optuna
 import pytest
+from fake_packs import FakePack, Killed, Seen, facts, only_sweep
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
-from test_sweep import FakePack, Killed, Seen, facts, only_sweep, sweep
 from tiny_run import predictions
 
 from lowrank.core.errors import (
@@ -33,8 +33,6 @@ from lowrank.run.settings import read
 from lowrank.sweeps.ask import _tell as tell
 from lowrank.sweeps.load import load_sweep
 from lowrank.sweeps.report import write_report
-
-__all__ = ["sweep"]
 
 #: 18 steps, a validation every third, rungs at 3, 6 and 12: 8, 4, 2 trials, and 1.
 RULE = (

@@ -1,21 +1,12 @@
-"""A multirun through the door: packs, outcomes, resume, refusals, the dry run.
+"""A multirun through the door: packs, outcomes, resume, refusals, the dry run."""
 
-Mostly with a pack that trains nothing, but opens and finishes real records.
-"""
-
-import dataclasses
-import importlib.util
 import json
-import pickle
 import shutil
-import signal
-import sys
-from pathlib import Path
 
+import jax
 import pytest
+from fake_packs import FakePack, Killed, Seen, only_sweep
 from hydra.core.utils import JobStatus
-from hydra.experimental.callback import Callback
-from tiny_run import SMALL
 
 from experiments.train import objective
 from lowrank.core.errors import (
@@ -25,144 +16,14 @@ from lowrank.core.errors import (
     CORRUPT,
     NON_FINITE,
     PREEMPTED,
-    BadInput,
-    NonFinite,
-    OutOfMemory,
-    Preempted,
-    WorkerLost,
 )
 from lowrank.io.files import Lock
-from lowrank.io.record import Record
 from lowrank.io.view import load_record
-from lowrank.run.door import command
-from lowrank.run.packs import Outcome, pack_memory, run_pack
-from lowrank.run.prepare import directory_of, identity_of, load_base
-from lowrank.sweeps import jobs
-from lowrank.sweeps.engine import Local, work
-from lowrank.sweeps.launch import Packing
+from lowrank.run.packs import pack_memory, run_pack
+from lowrank.sweeps.engine import COMPILED
+from lowrank.sweeps.launch import PACKS
 
-GRID = ("optim.lr=0.1,0.2", "seed=1,2")
 PLACES = {(lr, seed) for lr in (0.1, 0.2) for seed in (1, 2)}
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
-
-
-def facts(settings, known={}):  # noqa: B006
-    """Fingerprints of base, data and code, taken once for all tests."""
-    if not known:
-        task = settings.data.load(Path(settings.run.cache) / "data")
-        known |= identity_of(settings, load_base(settings, len(task.classes)), task)
-    return known
-
-
-class FakePack:
-    """Finishes trials at once; their accuracy is their learning rate.
-
-    Attributes:
-      packs: (lr, seed) of the trials of every pack that was run.
-      shares: Devices that shared the trials of each.
-      restored: Whether those that came so far found a checkpoint.
-      widest: With more trials than this, the device is out of memory.
-      fails, refuses, bugs: Seeds of trials that are not finite, or whose whole pack is
-        refused or ends by a bug.
-      die_after: Trials to finish, after a checkpoint, before the kill.
-    """
-
-    def __init__(self):
-        self.packs, self.shares, self.restored = [], [], []
-        self.widest, self.die_after = 99, None
-        self.fails, self.refuses, self.bugs, self.stops = set(), set(), set(), set()
-
-    def __call__(self, settings, overrides, *, folder, until=None, origins=()):
-        self.packs.append([(one.optim.lr, one.seed) for one in settings])
-        self.shares.append(settings[0].mesh.sizes()["trial"])
-        seeds = {one.seed for one in settings}
-        for one in settings:
-            assert (directory_of(one) / ".hydra" / "config.yaml").exists()
-            assert not one.run.progress
-        if len(settings) > self.widest:
-            raise OutOfMemory("RESOURCE_EXHAUSTED")
-        if seeds & self.refuses:
-            raise BadInput("one of these trials cannot be")
-        if seeds & self.bugs:
-            raise ZeroDivisionError("a bug")
-        self.restored.append((folder / "3").exists())
-        (folder / "3").mkdir(parents=True, exist_ok=True)
-        if seeds & self.stops:
-            raise Preempted("stopped by SIGTERM")
-        return [self.finish(at, one) for at, one in enumerate(settings)]
-
-    def finish(self, at, settings):
-        if not settings.run.force and (directory_of(settings) / "result.json").exists():
-            return Outcome(load_record(directory_of(settings)).result, None)
-        if at == self.die_after:
-            raise Killed
-        if settings.seed in self.fails:
-            return Outcome(None, NonFinite("loss is not finite"))
-        identity = {**facts(settings), "config": settings.trial_id}
-        found = {"accuracy": {"estimate": settings.optim.lr}}
-        result = {"scores": {"validation": {"metrics": found}}}
-        with Record.open(
-            directory_of(settings),
-            config=settings.config,
-            identity=identity,
-            force=settings.run.force,
-        ) as record:
-            record.result(result)
-        return Outcome(result, None)
-
-
-class Seen(Callback):
-    """What Hydra's callbacks see."""
-
-    jobs = []
-
-    def on_job_end(self, config, job_return, **kwargs):
-        hydra = job_return.hydra_cfg.hydra
-        self.jobs.append((hydra.job.num, job_return, Path(hydra.runtime.output_dir)))
-
-
-def never(config, overrides):
-    raise AssertionError("a job was run outside its pack")
-
-
-def few_bytes(settings, widths):
-    return dict.fromkeys(widths, 1000)
-
-
-@pytest.fixture
-def sweep(world, tmp_path, monkeypatch, capfd):
-    """Gives a multirun's line: (exit code, stderr). Sweeps live under `tmp_path`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-    Seen.jobs.clear()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def given(pack, *arguments, memory=few_bytes, grid=GRID):
-        where = [one for one in world.overrides() if not one.startswith("run.root")]
-        watch = f"+hydra.callbacks.seen._target_={__name__}.Seen"
-        line = ["-m", "hydra/launcher=packed", watch, *SMALL, *where, *grid, *arguments]
-        monkeypatch.setattr(sys, "argv", ["train", *line])
-        capfd.readouterr()
-        try:
-            command(never, packing=Packing(pack, memory, objective))()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        said = capfd.readouterr()
-        return code, said.out + said.err
-
-    yield given
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def only_sweep(tmp_path):
-    (found,) = (tmp_path / "multirun").iterdir()
-    return found
 
 
 def test_a_grid_is_one_pack_told_as_ordinary_jobs(sweep, tmp_path):
@@ -440,10 +301,20 @@ def test_a_dry_run_without_the_launcher_trains_nothing(sweep):
     assert "-m hydra/launcher=packed" in said
 
 
-def test_four_trials_trained_for_real(sweep, world):
+@pytest.fixture
+def keeps_programs(world):
+    """No place for compiled programs is named, so that a sweep has its own."""
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", str(world.compiled))
+
+
+def test_four_trials_trained_for_real(sweep, tmp_path, keeps_programs):
     small = ("delta.rank=4", "optim.epochs=1", "data.batching.buckets=[16]")
     code, said = sweep(run_pack, *small, memory=pack_memory)
     assert code == 0, said
+    programs = [*(only_sweep(tmp_path) / PACKS / COMPILED).glob("jit_packed-*-cache")]
+    assert len(programs) == 1, "the estimate of its memory has compiled the step"
     assert [job.status for _, job, _ in Seen.jobs] == [JobStatus.COMPLETED] * 4
     for _, job, directory in Seen.jobs:
         record = load_record(directory)
@@ -452,128 +323,3 @@ def test_four_trials_trained_for_real(sweep, world):
         assert (
             f"seed={job.cfg.seed}" in (directory / ".hydra/overrides.yaml").read_text()
         )
-
-
-class Elsewhere(Local):
-    """An engine of two rooms whose tasks travel as bytes, and run last in, first out.
-
-    Attributes:
-      fates: What befalls a task before it runs, by the number of its submission.
-      stopped: Tasks that were asked to stop.
-    """
-
-    room, here = 2, False
-
-    def __init__(self, fates=()):
-        self.fates, self.begun, self.stopped = dict(fates), [], 0
-        self.parcels = {}
-
-    def submit(self, task):
-        self.begun.append(sorted(one.seed for one in task.settings))
-        self.parcels[len(self.begun)] = task.parcel()
-        return len(self.begun)
-
-    def wait(self, handles):
-        return max(handles)
-
-    def outcomes(self, handle):
-        parcel = self.parcels.pop(handle)
-        if fate := self.fates.get(handle):
-            raise fate
-        # The pack is the test's own object; everything else is what a worker gets.
-        sent = pickle.loads(pickle.dumps(dataclasses.replace(parcel, run=run_pack)))
-        reply = work(dataclasses.replace(sent, run=parcel.run))
-        return pickle.loads(pickle.dumps(reply)).outcomes()
-
-    def stop(self, handles):
-        self.stopped += len(handles)
-
-
-@pytest.fixture
-def elsewhere(monkeypatch):
-    """Makes a sweep's packs run in an engine of ours."""
-
-    def made(fates=()):
-        engine = Elsewhere(fates)
-        monkeypatch.setattr(jobs, "check_engine", lambda spec: None)
-        monkeypatch.setattr(jobs, "open_engine", lambda spec, folder: engine)
-        return engine
-
-    return made
-
-
-FAR = ("sweep.engine=ray", "sweep.width=2", "sweep.retries=1")
-MANY = ("optim.lr=0.1", "seed=1,2,3,4,5,6")
-
-
-def test_packs_run_elsewhere_two_at_a_time_and_come_back(sweep, elsewhere):
-    engine, pack = elsewhere(), FakePack()
-    pack.fails, pack.widest = {5}, 2
-    code, said = sweep(pack, *FAR, grid=MANY)
-    assert code == NON_FINITE, "an error comes back as what it was"
-    ran = [sorted(seed for _, seed in one) for one in pack.packs]
-    assert len(ran) == 3
-    assert ran != engine.begun, "in an order of the engine's own"
-    assert sorted(ran) == sorted(engine.begun)
-    assert "NonFinite: loss is not finite" in said
-    assert "6 trials: 5 done, 1 failed" in said
-
-
-def test_what_a_worker_meets_is_met_as_it_is_here(sweep, elsewhere):
-    engine, pack = elsewhere(), FakePack()
-    pack.widest, pack.bugs = 1, {4}
-    code, said = sweep(pack, *FAR, grid=MANY)
-    assert code == BUG
-    assert "ZeroDivisionError: a bug" in said
-    assert "in __call__" in said, "with its trace"
-    assert "6 trials: 5 done, 1 failed" in said
-    assert [len(seeds) for seeds in engine.begun].count(1) == 6, "halved"
-
-
-def test_a_worker_that_is_taken_away_is_replaced_as_often_as_was_said(sweep, elsewhere):
-    gone = Preempted("stopped by SIGTERM")
-    engine = elsewhere({2: gone})
-    code, said = sweep(FakePack(), *FAR, grid=MANY)
-    assert code == 0, said
-    assert len(engine.begun) == 4
-    assert engine.begun[-1] == engine.begun[1], "the same pack, again"
-    engine = elsewhere(dict.fromkeys(range(1, 9), gone))
-    code, said = sweep(FakePack(), *FAR, "sweep.name=other", grid=MANY)
-    assert code == PREEMPTED
-    assert engine.stopped == 1, "and the one beside it is asked to save"
-    assert "stopped: saved; the same line continues" in said
-
-
-def test_a_lost_worker_fails_its_trials_only(sweep, elsewhere):
-    elsewhere({1: WorkerLost("died again and again")})
-    code, said = sweep(FakePack(), *FAR, grid=MANY)
-    assert code == BUG
-    assert said.count("WorkerLost: died again and again") >= 2
-    assert "6 trials: 2 failed, 4 done" in said
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (("sweep.engine=ray",), "give sweep.width or sweep.memory_gib"),
-        (("sweep.engine=submitit", "sweep.width=2", "mesh=trials"), "mesh.trial = -1"),
-        (("sweep.ray={num_gpus:1}",), "sweep.ray is for sweep.engine=ray"),
-        (("sweep.engine=ray", "sweep.workers=0"), "sweep.workers must be at least 1"),
-        (("hydra/launcher=basic", "sweep.engine=ray"), "-m hydra/launcher=packed"),
-    ],
-)
-def test_engines_that_cannot_be_are_refused(sweep, elsewhere, arguments, told):
-    engine = elsewhere()
-    code, said = sweep(FakePack(), *arguments)
-    assert code == BAD_INPUT
-    assert told in said
-    assert engine.begun == []
-
-
-def test_an_engine_that_is_not_installed_says_what_to_install(sweep, monkeypatch):
-    real = importlib.util.find_spec
-    gone = lambda name, *more: None if name == "submitit" else real(name, *more)
-    monkeypatch.setattr(importlib.util, "find_spec", gone)
-    code, said = sweep(FakePack(), "sweep.engine=submitit", "sweep.width=2")
-    assert code == BAD_INPUT
-    assert "lowrank[slurm]" in said
