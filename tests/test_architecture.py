@@ -284,6 +284,15 @@ def test_importing_the_package_loads_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_a_training_command_loads_nothing_that_only_reports_and_probes_need():
+    heavy = {"matplotlib", "sklearn", "statsmodels", "scipy.stats"}
+    code = f"import experiments.train, sys; sys.exit(str({heavy} & {{*sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr.strip() == "set()"
+
+
 def test_unknown_public_names_are_attribute_errors():
     import lowrank
 

@@ -6,7 +6,7 @@ ways; each of them passes through here first.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 REDACTED = "<redacted>"
@@ -41,27 +41,41 @@ def environment_secrets() -> tuple[str, ...]:
 
 def redact_text(text: str) -> str:
     """`text` without known secrets, key-shaped words and ``key=value`` secrets."""
-    for value in environment_secrets():
-        text = text.replace(value, REDACTED)
-    text = _ASSIGNED.sub(lambda found: found[1] + REDACTED, text)
-    return _SHAPES.sub(REDACTED, text)
+    return _redactor()(text)
 
 
 def redact(value: Any, name: str = "") -> Any:
     """A copy of a nested config in which every secret reads ``<redacted>``."""
-    if isinstance(value, Mapping):
-        return {key: redact(item, str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item, name) for item in value]
-    if is_secret_name(name) and value not in (None, "", False, True):
-        return REDACTED
-    return redact_text(value) if isinstance(value, str) else value
+    return _redacted(value, name, _redactor())
 
 
 def redact_contents(value: Any) -> Any:
     """Redacts text by its content only: a metric may well be called loss/token."""
+    return _redacted(value, None, _redactor())
+
+
+def _redactor() -> Callable[[str], str]:
+    """`redact_text` for many texts: the environment is read once for all of them."""
+    secrets = environment_secrets()
+
+    def redactor(text: str) -> str:
+        for value in secrets:
+            text = text.replace(value, REDACTED)
+        text = _ASSIGNED.sub(lambda found: found[1] + REDACTED, text)
+        return _SHAPES.sub(REDACTED, text)
+
+    return redactor
+
+
+def _redacted(value: Any, name: str | None, redactor: Callable[[str], str]) -> Any:
+    """Where the name is None, those of the contents say nothing either."""
     if isinstance(value, Mapping):
-        return {key: redact_contents(item) for key, item in value.items()}
+        return {
+            key: _redacted(item, None if name is None else str(key), redactor)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [redact_contents(item) for item in value]
-    return redact_text(value) if isinstance(value, str) else value
+        return [_redacted(item, name, redactor) for item in value]
+    if name and is_secret_name(name) and value not in (None, "", False, True):
+        return REDACTED
+    return redactor(value) if isinstance(value, str) else value

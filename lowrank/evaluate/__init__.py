@@ -1,15 +1,15 @@
-"""Judging a finished system: scores, their intervals, and the frozen probe."""
+"""Judging a finished system: scores and their intervals.
 
-from lowrank.evaluate.compare import Comparison as Comparison
-from lowrank.evaluate.compare import compare_arms as compare_arms
-from lowrank.evaluate.compare import holm as holm
+`lowrank.evaluate.compare` (arms over seeds) and `lowrank.evaluate.probe` (the frozen
+probe) are not loaded here: a training command would wait more than a second for
+libraries that it never asks.
+"""
+
 from lowrank.evaluate.metrics import STANDARD as STANDARD
 from lowrank.evaluate.metrics import Metric as Metric
 from lowrank.evaluate.metrics import Rows as Rows
 from lowrank.evaluate.metrics import Tally as Tally
 from lowrank.evaluate.metrics import metric_values as metric_values
-from lowrank.evaluate.probe import Probe as Probe
-from lowrank.evaluate.probe import fit_probe as fit_probe
 from lowrank.evaluate.score import Predictions as Predictions
 from lowrank.evaluate.score import compare as compare
 from lowrank.evaluate.score import numbers as numbers

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 from lowrank.report.arms import is_missing, numbers, records
 from lowrank.sweeps.load import LOWER_IS_BETTER, Sweep
@@ -62,6 +61,9 @@ def agreement(first: Sequence[float], second: Sequence[float]) -> Agreement:
     count = len(first)
     if count < LEAST or len(set(first)) == 1 or len(set(second)) == 1:
         return Agreement(count, None, None)
+    # Here, and not above: no training command should wait for it.
+    from scipy import stats
+
     tau, _ = stats.kendalltau(first, second)
     rho, _ = stats.spearmanr(first, second)
     return Agreement(count, *np.asarray([tau, rho], np.float64).tolist())
