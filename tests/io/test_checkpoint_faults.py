@@ -76,6 +76,7 @@ def damages():
         yield f"bit {number}", flip
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "damage to any file of a checkpoint",
     "the stored values, or refused",

@@ -98,6 +98,7 @@ def test_the_best_state_is_chosen_where_there_is_validation(fitter, plain):
     assert fingerprint(alone.state.trained) == fingerprint(found.state.trained)
 
 
+@pytest.mark.slow
 def test_two_seeds_in_one_pack_are_the_two_runs(fitter, plain):
     packed, rows = fitter(0, 1)
     singles = [plain, fitter(1)]
@@ -114,6 +115,7 @@ def test_two_seeds_in_one_pack_are_the_two_runs(fitter, plain):
     )
 
 
+@pytest.mark.slow
 def test_trials_of_a_pack_may_differ_in_their_constants(fitter, plain):
     optims = [OPTIM, AdamW(lr=0.001, epochs=2, weight_decay=0.1)]
     penalty = [Penalties(), Penalties(drift=0.1, frobenius=1e-3)]
@@ -137,6 +139,7 @@ def test_several_devices_do_what_one_does(fitter, plain):
     assert len(devices) == 4
 
 
+@pytest.mark.slow
 def test_trials_on_devices_of_their_own_do_what_one_device_does(
     fitter, plain, tmp_path
 ):

@@ -93,6 +93,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed):
     same_outcome(undisturbed, directory)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_that_stops_is_continued_without_the_stop(world, finished):
     directory = world.runs / "rehearsed"
     given = [f"run.directory={directory}", "seed=3"]
@@ -105,6 +106,7 @@ def test_a_rehearsal_that_stops_is_continued_without_the_stop(world, finished):
     same_outcome(finished[0], directory)
 
 
+@pytest.mark.slow
 def test_what_was_left_after_training_is_done_without_training(world, finished):
     directory = world.runs / "judged-again"
     given = [f"run.directory={directory}", "seed=3"]
@@ -182,6 +184,7 @@ def test_two_runs_do_not_share_a_directory(world, tmp_path):
     assert {p.name for p in directory.iterdir()} == {".lock"}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_makes_way_for_the_one_before(world, finished, tmp_path):
     directory = tmp_path / "run"
     given = [f"run.directory={directory}", "seed=3"]
