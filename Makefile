@@ -42,9 +42,9 @@ test: $(VENV)/.made
 test-full: $(VENV)/.made
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m 'not parity and not faults and not foreign'
 
-# Whatever may happen to a run.
+# Whatever may happen to a run or a sweep.
 test-faults: $(VENV)/.made
-	$(BIN)/python -m pytest -n $(WORKERS) -m faults tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) -m faults
 
 # Packs that Ray and submitit carry to other processes, some of which are killed.
 test-engines: $(VENV)/.engines

@@ -286,6 +286,7 @@ def test_several_wandb_runs_live_side_by_side(tmp_path):
         assert [row["x"] for row in read_wandb(file)] == [10 * number, 10 * number + 1]
 
 
+@pytest.mark.faults
 @pytest.mark.fault(
     "W&B server that never answers",
     "delays a run by seconds",

@@ -6,17 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 
 import pytest
-from lives import live
+from lives import live, long_config
 from tiny_run import World
-
-#: Long enough to be interrupted often: 8 epochs, 72 steps, 19 checkpoints.
-LONG = (
-    "optim.epochs=8",
-    "loop.checkpoint_every=4",
-    "loop.evaluate_every=10",
-    "delta.dropout=0.2",
-    "optim.lr=0.005",
-)
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +22,6 @@ def undisturbed(world):
     directory, log = world.runs / "undisturbed", world.runs / "undisturbed.log"
     assert live(world, long_config(world, directory), log) == 0, log.read_text()
     return directory
-
-
-def long_config(world, directory, *overrides):
-    return world.config(f"run.directory={directory}", *LONG, *overrides)
 
 
 @pytest.fixture

@@ -23,6 +23,14 @@ import jax
 import tiny_run
 from tiny_run import same_outcome
 
+#: Long enough to be interrupted often: 8 epochs, 72 steps, 19 checkpoints.
+LONG = (
+    "optim.epochs=8",
+    "loop.checkpoint_every=4",
+    "loop.evaluate_every=10",
+    "delta.dropout=0.2",
+    "optim.lr=0.005",
+)
 #: Where in the course of a run a fault may strike: module and function.
 PLACES = {
     "data preparation": "lowrank.data.tasks:prepare",
@@ -65,6 +73,10 @@ class Fault:
     call: int = 1
     delay: float | None = None
     value: float = 0.0
+
+
+def long_config(world, directory, *overrides):
+    return world.config(f"run.directory={directory}", *LONG, *overrides)
 
 
 def _signals(*numbers):

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from lives import live, same_run
+from lives import live, long_config, same_run
 
 from lowrank.core.errors import CORRUPT, PREEMPTED, LowrankError
 from lowrank.core.trees import fingerprint
@@ -124,8 +124,6 @@ def test_damage_to_a_finished_run_is_never_silent(
 
 @pytest.fixture(scope="module")
 def interrupted(world, tmp_path_factory):
-    from conftest import long_config
-
     folder = tmp_path_factory.mktemp("interrupted")
     config = long_config(world, folder / "run", f"loop.stop_after={STOP}")
     assert live(world, config, folder / "log") == PREEMPTED

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import LONG
-from lives import command
+from lives import LONG, command
 from tiny_run import SMALL
 
 from lowrank.core import errors

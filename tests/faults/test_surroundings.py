@@ -4,8 +4,7 @@ import json
 import os
 
 import pytest
-from conftest import LONG
-from lives import Fault, command, live, same_run
+from lives import LONG, Fault, command, live, same_run
 from tiny_run import SMALL, metric_rows
 
 from lowrank.core.errors import PREEMPTED

@@ -76,7 +76,7 @@ def damages():
         yield f"bit {number}", flip
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.fault(
     "damage to any file of a checkpoint",
     "the stored values, or refused",
@@ -292,6 +292,7 @@ CHILD = """
 """
 
 
+@pytest.mark.faults
 @pytest.mark.fault(
     "kill -9 in a save",
     "a step that is listed is whole and right; at most the save under way is lost",

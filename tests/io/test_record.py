@@ -238,6 +238,7 @@ write_atomically(Path(sys.argv[1]), write)
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("finished", [False, True])
 def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path, finished):
     if finished:

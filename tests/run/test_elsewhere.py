@@ -85,6 +85,7 @@ def test_packs_run_elsewhere_two_at_a_time_and_come_back(sweep, elsewhere):
     assert "6 trials: 5 done, 1 failed" in said
 
 
+@pytest.mark.faults
 def test_what_a_worker_meets_is_met_as_it_is_here(sweep, elsewhere):
     engine, pack = elsewhere(), FakePack()
     pack.widest, pack.bugs = 1, {4}
@@ -96,6 +97,7 @@ def test_what_a_worker_meets_is_met_as_it_is_here(sweep, elsewhere):
     assert [len(seeds) for seeds in engine.begun].count(1) == 6, "halved"
 
 
+@pytest.mark.faults
 def test_a_worker_that_is_taken_away_is_replaced_as_often_as_was_said(sweep, elsewhere):
     gone = Preempted("stopped by SIGTERM")
     engine = elsewhere({2: gone})
@@ -110,6 +112,11 @@ def test_a_worker_that_is_taken_away_is_replaced_as_often_as_was_said(sweep, els
     assert "stopped: saved; the same line continues" in said
 
 
+@pytest.mark.faults
+@pytest.mark.fault(
+    "a worker of an engine that dies again and again",
+    "its pack is sent out anew as often as was said; then its trials alone have failed",
+)
 def test_a_lost_worker_fails_its_trials_only(sweep, elsewhere):
     elsewhere({1: WorkerLost("died again and again")})
     code, said = sweep(FakePack(), *FAR, grid=MANY)

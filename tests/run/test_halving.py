@@ -165,6 +165,7 @@ def test_each_rung_keeps_the_best_of_all_packs_in_narrower_ones(sweep, tmp_path)
 LIVES = (2, 5, 1, 4, 5, 5)
 
 
+@pytest.mark.faults
 def test_a_sweep_killed_again_and_again_ends_the_same(sweep, tmp_path, monkeypatch):
     pack, grid = RacePack(), ("optim.lr=0.1,0.2,0.3,0.4",)
     where = tmp_path / "multirun"
@@ -196,6 +197,7 @@ def test_a_sweep_killed_again_and_again_ends_the_same(sweep, tmp_path, monkeypat
     assert left(where / "killed") == left(where / "whole")
 
 
+@pytest.mark.faults
 def test_a_trial_that_fails_is_last_and_one_that_did_not_come_is_waited_for(
     sweep, tmp_path
 ):
@@ -219,6 +221,7 @@ def test_a_trial_that_fails_is_last_and_one_that_did_not_come_is_waited_for(
     assert "loss is not finite" in said
 
 
+@pytest.mark.faults
 def test_a_gathered_pack_that_is_too_wide_is_gathered_again_in_halves(sweep):
     class Shrinking(RacePack):
         """The device loses its room after the first rung."""
@@ -234,6 +237,7 @@ def test_a_gathered_pack_that_is_too_wide_is_gathered_again_in_halves(sweep):
     assert later == [(4, 6, True), (2, 6, True), (2, 6, True)]
 
 
+@pytest.mark.faults
 def test_without_its_sources_a_pack_trains_from_the_start(sweep, tmp_path):
     pack = RacePack()
     pack.kill = 4

@@ -82,6 +82,7 @@ def test_on_failure_stop_runs_no_further_pack(sweep):
     assert len(pack.packs) == 4, "continue is the default"
 
 
+@pytest.mark.faults
 def test_a_pack_too_wide_for_the_device_is_halved_and_later_ones_with_it(sweep):
     pack = FakePack()
     pack.widest = 1
@@ -113,6 +114,7 @@ def test_a_trial_that_makes_its_pack_refuse_is_found_and_the_rest_run(sweep):
     assert "one of these trials cannot be" in said
 
 
+@pytest.mark.faults
 def test_a_bug_in_one_pack_is_shown_and_the_others_run(sweep):
     pack = FakePack()
     pack.bugs = {2}
@@ -139,6 +141,7 @@ def test_after_a_kill_packs_go_on_with_their_recorded_composition(sweep, died_af
     assert f"{died_after} finished" in said or "continuing pack" in said
 
 
+@pytest.mark.faults
 def test_a_pack_killed_before_its_first_checkpoint_binds_nobody(sweep, tmp_path):
     pack = FakePack()
     pack.die_after = 0
@@ -165,6 +168,11 @@ def test_a_stop_ends_the_sweep_and_the_same_line_continues(sweep):
     assert pack.packs[0] == pack.packs[1]
 
 
+@pytest.mark.faults
+@pytest.mark.fault(
+    "directories of trials that are damaged or another trial's",
+    "refused, each with its own message; the others of the sweep are run; exit 78",
+)
 def test_damaged_and_foreign_directories_are_refused_and_the_rest_run(sweep, tmp_path):
     pack = FakePack()
     sweep(pack, "sweep.name=mine")
@@ -186,6 +194,7 @@ def test_damaged_and_foreign_directories_are_refused_and_the_rest_run(sweep, tmp
     assert pack.restored == [False, False, False]
 
 
+@pytest.mark.faults
 def test_a_trial_that_another_process_writes_is_left_to_it(sweep, tmp_path):
     pack = FakePack()
     pack.stops = {1}

@@ -308,6 +308,7 @@ def test_only_a_finished_run_is_opened(world, tmp_path):
         load_run(tmp_path)
 
 
+@pytest.mark.faults
 @pytest.mark.fault(
     "trained weights on another base",
     "refused by fingerprint",
