@@ -293,6 +293,18 @@ def test_a_training_command_loads_nothing_that_only_reports_and_probes_need():
     assert done.stderr.strip() == "set()"
 
 
+def test_who_only_adapts_a_base_holds_no_library_of_records():
+    heavy = {"pandas", "pyarrow", "orbax", "tensorflow_datasets", "wandb"}
+    code = (
+        "import lowrank.io.hub, lowrank.adapt.attach, lowrank.train.step, sys\n"
+        f"sys.exit(str({heavy} & {{*sys.modules}}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr.strip() == "set()"
+
+
 def test_unknown_public_names_are_attribute_errors():
     import lowrank
 

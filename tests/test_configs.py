@@ -18,7 +18,7 @@ from lowrank.run.survey import Survey
 from lowrank.run.sweep import Halving, SweepSpec
 from lowrank.sharding import MeshSpec
 from lowrank.sweeps.report import ReportSpec
-from lowrank.track import Track
+from lowrank.track.trackers import Track
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import CATALOGUE as OPTIMIZERS
