@@ -65,6 +65,10 @@ class Grid:
             f"run.root={self.folder}/{where}",
         ]
 
+    def halving(self) -> list[str]:
+        """Arguments of the halved sweep: validations on the way, for the rungs."""
+        return ["sweep=halving", f"loop.evaluate_every={max(self.steps // 10, 1)}"]
+
     def own(self, cell: Mapping[str, float]) -> list[str]:
         """Arguments that tell one trial from the others."""
         return [

@@ -112,7 +112,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "alone": lambda: alone(grid, min(options.alone, options.trials)),
             "reused": lambda: in_one_process("reused", json.dumps(_spec(grid))),
             "packed": lambda: packed(grid, "packed"),
-            "halved": lambda: packed(grid, "halved", "sweep=halving"),
+            "halved": lambda: packed(grid, "halved", *grid.halving()),
             "peft": lambda: in_one_process(
                 "peft_grid",
                 json.dumps(_spec(grid)),
@@ -125,6 +125,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             for arm in list(options.arms)[:: -1 if number % 2 else 1]:
                 print(f"round {number + 1}: {TITLES[arm]}", file=sys.stderr, flush=True)
                 spans[arm].append(runs[arm]())
+                print(f"{spans[arm][-1]}", file=sys.stderr, flush=True)
     curves = {}
     for (batch, seq), limit in TOKENS if options.curve else ():
         setting = Setting(batch=batch, seq=seq)
@@ -208,12 +209,13 @@ def in_one_process(module: str, *arguments: str) -> dict[str, Any]:
 def _results(directory: Path) -> dict[str, Any]:
     """Mean validation numbers of the trials that went the whole way."""
     trials = load_sweep(directory).trials
+    done = trials[trials["status"] == "done"]
     return {
         "validation": {
-            name: float(np.nanmean(trials[f"best.{name}"].to_numpy(float)))
+            name: float(np.nanmean(done[f"best.{name}"].to_numpy(float)))
             for name in ("accuracy", "log_loss")
         },
-        "finished": list(trials["status"]).count("done"),
+        "finished": len(done),
     }
 
 
