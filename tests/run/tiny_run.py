@@ -238,6 +238,13 @@ def wait_until(condition, child, seconds=90):
     raise TimeoutError(f"nothing happened in {seconds} s")
 
 
+def estimates(scores):
+    """Numbers of a split, as a run's result has them."""
+    found = {name: value["estimate"] for name, value in scores["metrics"].items()}
+    # Of a class with few rows the recall is not defined.
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def metric_rows(directory):
     """Lines of metrics.jsonl without their times."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
