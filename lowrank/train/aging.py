@@ -1,12 +1,17 @@
 """Ages: how many updates each component has had, for one that is born in mid-run.
 
-Adam starts its moments at zero and divides them by 1 - b^t, where t counts updates. A
-component that is opened at a late step has had none. Corrected by the count of the
-whole run its first update is (1 - b1) / sqrt(1 - b2) of the learning rate, 3.16 at b1 =
-0.9, b2 = 0.999, its twelfth 6.57 under a steady gradient, and hundreds go by before it
-is what it should be. So every component counts for itself.
+Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1) starts its moments at zero and so
+divides them by 1 - b^t:
 
-The counting is optax's own, mapped over the slices of a factor by `jax.vmap`.
+    m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
+    update = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+There t counts the updates of the whole run. A component that is opened late has had
+none: under a steady gradient its first update is (1 - b1) / sqrt(1 - b2) = 3.16 times
+the learning rate at b1 = 0.9, b2 = 0.999, its twelfth 6.57 times, and hundreds go by
+before it is what it should be. Here t is the component's own, `(*stack, max_rank)`.
+
+The counting is still optax's, mapped over the slices of a factor by `jax.vmap`.
 """
 
 from collections.abc import Mapping
