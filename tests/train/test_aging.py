@@ -382,19 +382,16 @@ def test_trials_in_a_vmap_equal_trials_alone():
 def test_a_step_ages_what_is_open_and_compiles_once():
     """Gates that change between steps of a pack, a birth among them."""
     adapted = toy.make(rank=4)
-    optim = AdamW(
-        lr=1e-2, weight_decay=0.1, schedule="constant", warmup=0.0, b_ratio=2.0
-    )
+    kw = {"lr": 1e-2, "weight_decay": 0.1, "schedule": "constant", "warmup": 0.0}
+    optims = [AdamW(b_ratio=2.0, **kw), AdamW(**kw)]
     known = {"roles": adapted.roles(), "ages": True}
     assert known["roles"] == {"up": ROLES["plain"]}
     step = make_step(
-        toy.model_of(adapted), cross_entropy, optim, 10, adapted.draws,
+        toy.model_of(adapted), cross_entropy, optims[0], 10, adapted.draws,
         adapted.active, **known,
     )  # fmt: skip
     seeds = (0, 1)
-    state = states.start(
-        adapted.init_trained, adapted.dials(), [optim] * 2, seeds, **known
-    )
+    state = states.start(adapted.init_trained, adapted.dials(), optims, seeds, **known)
     frozen, pack = adapted.frozen(), jax.jit(over_trials(step, 2))
 
     def after(state, gate, poison=1.0):
@@ -414,8 +411,8 @@ def test_a_step_ages_what_is_open_and_compiles_once():
     state = after(state, second)
     moved = np.abs(state.trained["up"]["b"] - before.trained["up"]["b"])
     # b is zero where a component never was open: no decay, and a gradient for b alone.
-    for trial, component in ((0, 2), (1, 1)):
-        np.testing.assert_allclose(moved[trial, component], 2 * 1e-2, rtol=1e-3)
+    for trial, component, ratio in ((0, 2, 2), (1, 1, 1)):
+        np.testing.assert_allclose(moved[trial, component], ratio * 1e-2, rtol=1e-3)
     pairs = zip(
         (before.trained, *aged(before.opt)), (state.trained, *aged(state.opt)),
         strict=True,
