@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from lowrank.core.errors import BadInput, UnknownName, nearest
 
@@ -184,8 +184,8 @@ def average(table: np.ndarray) -> float:
 
 
 def at(
-    table: Int[Array | np.ndarray, " steps"], step: Int[Array, ""] | int
-) -> Int[Array, ""]:
+    table: Shaped[Array | np.ndarray, " steps"], step: Int[Array, ""] | int
+) -> Shaped[Array, ""]:
     """An entry of a table; before its first step the first one, after it the last."""
     return jnp.asarray(table)[
         jnp.clip(jnp.asarray(step, jnp.int32), 0, table.shape[-1] - 1)

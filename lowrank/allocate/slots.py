@@ -196,6 +196,10 @@ class Slots:
         """What ranks, one per layer, count."""
         return int((ranks * (1 if unit == "components" else self.cost)).sum())
 
+    def flops_of(self, ranks: np.ndarray) -> float:
+        """Forward FLOPs of corrections of these ranks, one per layer."""
+        return float((ranks * self.flops).sum())
+
     def flat(self, parts: Mapping[str, Array]) -> Float[Array, " components"]:
         """Joins arrays of shape (*stack, max_rank), as the gates are, to one vector."""
         if missing := [path for path in self.paths if path not in parts]:
