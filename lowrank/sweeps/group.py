@@ -18,7 +18,7 @@ from lowrank.run.sweep import PACKABLE
 #: Version of a pack's id; raised when equal trials would no longer continue it.
 PACK_VERSION = 1
 #: Leaves that say nothing about the compiled step, though trials may differ in them.
-_ASIDE = ("run.directory", "base.name")
+_ASIDE = ("run.directory", "base.name", "ranks.from")
 _MAX_NAMED = 4
 
 
@@ -55,8 +55,9 @@ class Trial:
 
     @property
     def rank(self) -> int:
-        """The largest rank that was asked for; 0 where there is none."""
-        return self.settings.delta.get("rank") or 0
+        """Components that a layer holds for the usual rank; 0 where there is none."""
+        rank = self.settings.delta.get("rank") or 0
+        return self.settings.ranks.held(rank) or rank
 
 
 def static_key(settings: Settings) -> dict[str, Any]:
@@ -84,12 +85,13 @@ def is_packable(name: str) -> bool:
 def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of a config by dotted name.
 
-    `delta.ranks` is one leaf: its keys are patterns, whose order counts.
+    `delta.ranks` is one leaf: its keys are patterns, whose order counts. So is
+    `ranks.ranks`, whose keys are names of layers.
     """
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if name == "delta.ranks" and isinstance(value, Mapping):
+        if name in ("delta.ranks", "ranks.ranks") and isinstance(value, Mapping):
             found[name] = [list(pair) for pair in value.items()]
         elif isinstance(value, Mapping) and value:
             found |= leaves(value, f"{name}.")
