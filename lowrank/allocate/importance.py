@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lowrank.allocate import transitions
 from lowrank.allocate.signals import effective_rank
 from lowrank.allocate.slots import Slots
 from lowrank.core.arrays import Key
@@ -274,7 +275,8 @@ class Latest(Importance):
 class Random(Importance):
     """Uniform numbers, drawn anew at every event: the control of any importance.
 
-    Each site draws from a key of its own, so that none depends on what else competes.
+    Each component draws from a key of its own, so that none depends on what else
+    competes, or on how many components a pack makes it hold.
     """
 
     signals = frozenset()
@@ -294,8 +296,11 @@ class Random(Importance):
         self, slots: Slots, memory: Memory, constants: Constants, key: Key
     ) -> Flat:
         del memory, constants
-        draw = lambda one: jax.random.uniform(
-            key_for(key, "allocate", one.path), (*one.stack, one.max_rank)
+        draw = lambda one: transitions.draw(
+            key_for(key, "allocate", one.path),
+            jnp.zeros((*one.stack, one.max_rank)),
+            one.stack,
+            jax.random.uniform,
         )
         return slots.flat({one.path: draw(one) for one in slots.competitors})
 

@@ -14,6 +14,7 @@ import yaml
 from lowrank.allocate.catalogue import CATALOGUE
 from lowrank.allocate.fixed import Uniform
 from lowrank.allocate.recipes import Adaptive, Allocator
+from lowrank.allocate.schedules import window
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.core.spec import build, fields_of
 from lowrank.io.files import local_path
@@ -50,6 +51,17 @@ class Ranks:
     def usual(self) -> bool:
         """Whether the ranks are those of the rules, as before there was this group."""
         return self == Ranks()
+
+    def settled(self, num_steps: int) -> int:
+        """Steps after which the last ranks have trained for one; 0 if none moves.
+
+        Raises:
+          BadInput: The window does not fit a run of so many steps.
+        """
+        one = self.allocator
+        if not isinstance(one, Adaptive):
+            return 0
+        return window(one.begin, one.end, one.every, num_steps).end + 1
 
     def held(self, rank: int) -> int | None:
         """Components that a layer of this rank holds; None: so many as its rank."""

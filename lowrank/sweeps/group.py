@@ -19,6 +19,8 @@ from lowrank.run.sweep import PACKABLE
 PACK_VERSION = 1
 #: Leaves that say nothing about the compiled step, though trials may differ in them.
 _ASIDE = ("run.directory", "base.name", "ranks.from")
+#: Packable leaves that ranks which are dealt out once follow from.
+_DEALT = ("delta.rank", "ranks.budget")
 _MAX_NAMED = 4
 
 
@@ -65,14 +67,20 @@ def static_key(settings: Settings) -> dict[str, Any]:
 
     Everything but `PACKABLE`: base, data, batches, schedule, targets, and whatever
     else decides shapes or branches of the program, or what the pack does as a whole.
+    Ranks that an allocator deals out once say which weights are corrected at all, so
+    there nothing that they follow from may differ.
     """
-    config = {name: part for name, part in settings.config.items() if name != "sweep"}
+    chosen = settings.ranks
+    dealt = () if chosen.usual or chosen.move else _DEALT
+    # As before there were others, ranks of the rules are not mentioned.
+    unsaid = ("sweep", "ranks") if chosen.usual else ("sweep",)
+    config = {n: part for n, part in settings.config.items() if n not in unsaid}
     found = {}
     for name, value in leaves(config).items():
         if name == "optim.clip":
             # No clipping is another program; any norm is a number to one program.
             found[name] = "none" if value is None else "a norm"
-        elif not is_packable(name) and name not in _ASIDE:
+        elif name not in _ASIDE and (not is_packable(name) or name in dealt):
             found[name] = value
     return found
 

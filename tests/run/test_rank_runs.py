@@ -15,7 +15,8 @@ from lowrank.core.errors import BadInput, NonFinite, Preempted, UnknownName
 from lowrank.core.trees import fingerprint
 from lowrank.data.pipeline import TrainPipeline
 from lowrank.run.fit import fit
-from lowrank.run.prepare import prepare
+from lowrank.run.prepare import prepare, prepare_pack
+from lowrank.run.ranks import final
 from lowrank.run.settings import read
 from lowrank.run.trial import run_trial
 from lowrank.sharding import MeshSpec
@@ -124,6 +125,36 @@ def test_a_pack_with_a_run_of_fixed_ranks_is_both_alone(fitter, plain):
     assert fixed.events is None
     assert fixed.state.ranks == {}
     same_gates(gates(packed, 1), gates(fixed))
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("norm", "ranks.decay=0.5"), ("random", "ranks.schedule=linear")]
+)
+def test_trials_of_other_ranks_and_schedules_are_each_alone(world, name, more):
+    def fitted(*trials):
+        base = ["data.batching.buckets=[16]", f"ranks={name}", *ARGUMENTS]
+        pack = prepare_pack([read(world.config(*base, *own)) for own in trials])
+        settings = [one.settings for one in pack.trials]
+        found = fit(
+            pack.variants.together,
+            pack.batches,
+            optim=[one.optim for one in settings],
+            ranks=[one.ranks.moving for one in settings],
+            slots=pack.slots(),
+            seeds=[one.seed for one in settings],
+            dials=pack.variants.dials(),
+        )
+        return [
+            final(pack.variants.together, found.dials(trial))
+            for trial in range(len(trials))
+        ]
+
+    # The first holds twice as many in a pack as it would alone.
+    trials = (["delta.rank=2", "ranks.every=5"], ["delta.rank=4", "seed=1", more])
+    for one, together in zip(trials, fitted(*trials), strict=True):
+        (alone,) = fitted(one)
+        assert together == alone
+        assert len({*alone.values()}) > 1
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_the_gate_fisher_is_a_loop_over_examples(world, accumulate):
     for path in ("stack", "up"):
         for name, sums in (("gate_gradient", total), ("gate_fisher", squares)):
             np.testing.assert_allclose(
-                found[name][path], sums[path] / 6, rtol=1e-4, atol=1e-7
+                found[name][path], sums[path] / 6, rtol=1e-4, atol=1e-5
             )
 
 
