@@ -219,6 +219,24 @@ def _results(directory: Path) -> dict[str, Any]:
     }
 
 
+#: What each arm does without, beside the arm before it.
+SAVED = (
+    ("alone", "reused", "starting and compiling once per trial, and its records"),
+    ("reused", "packed", "small products: a pack's are larger"),
+    ("packed", "halved", "steps of trials that are cut"),
+)
+
+
+def gains(middle: dict[str, float]) -> list[str]:
+    """Where the time of a process per trial goes, as the arms tell it apart."""
+    return [
+        f"* {TITLES[upper][0]} to {TITLES[lower][0]}: "
+        f"{100 * (middle[upper] - middle[lower]) / middle['alone']:.0f} % of A, {what}."
+        for upper, lower, what in SAVED
+        if {"alone", upper, lower} <= middle.keys()
+    ]
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     machine, spans = report["machine"], report["spans"]
@@ -253,6 +271,7 @@ def table(report: dict[str, Any]) -> str:
             lines.append(
                 f"| {TITLES[top]} / {TITLES[bottom]} | {wanted} | {ratio:.2f}: {met} |"
             )
+    lines += ["", *gains(middle)]
     for shape, found in report["curves"].items():
         lines += [
             "",
