@@ -133,6 +133,15 @@ def test_an_experiment_says_what_it_asks(name):
         assert word in text
 
 
+def test_a_setting_that_came_later_names_no_trial_anew():
+    config = composed("config")
+    trial, before = read(config).trial_id, {**config, "optim": {**config["optim"]}}
+    del before["optim"]["b_ratio"]
+    assert read(before).trial_id == trial
+    assert read(composed("config", "optim.b_ratio=1")).trial_id == trial
+    assert read(composed("config", "optim.b_ratio=2")).trial_id != trial
+
+
 def test_defaults_in_files_are_the_defaults_in_code():
     settings = read(composed("config"))
     assert settings.loop == LoopSpec()

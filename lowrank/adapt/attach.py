@@ -15,7 +15,7 @@ from lowrank.adapt.rules import AnyRule, Rule, Train
 from lowrank.adapt.sites import Site, find
 from lowrank.adapt.state import refuse_state
 from lowrank.adapt.verify import Verification, compare
-from lowrank.core.arrays import Dials, Frozen, Key, PyTree, Trained
+from lowrank.core.arrays import Dials, Frozen, Key, PyTree, Roles, Trained
 from lowrank.core.errors import BadInput, LowrankError
 from lowrank.core.trees import flatten
 from lowrank.deltas.base import Delta
@@ -146,6 +146,10 @@ class Adapted:
             path: self.plans[path].active(site, dials[path])
             for path, site in self.sites.items()
         }
+
+    def roles(self) -> Roles:
+        """What every axis of every factor is for, by path and factor."""
+        return {path: self.plans[path].roles(site) for path, site in self.sites.items()}
 
     def thin(self) -> dict[str, Thin]:
         """How penalties read every correction; BadInput if one is no thin product."""

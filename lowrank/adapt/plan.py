@@ -104,6 +104,16 @@ class Plan:
             masks[name] = mask.reshape(shape)
         return masks
 
+    def roles(self, site: Site) -> dict[str, tuple[str, ...]]:
+        """The role of every axis of each factor, as many as the factor has axes."""
+        counts = _axes_per_role(site)
+        dials = {*self.delta.dial_values((), 1, 1, 1), *self.delta.optional}
+        return {
+            name: tuple(role for role in roles for _ in range(counts[role]))
+            for name, roles in self.delta.axes.items()
+            if name not in dials
+        }
+
     def thin(self, site: Site) -> Thin:
         """How the correction is read as a sum of thin products.
 
@@ -138,12 +148,7 @@ class Plan:
         Components are drawn one by one and open from the first on, so what is left is
         what this plan by itself would have.
         """
-        counts = {
-            "stack": len(site.stacks),
-            "rank": 1,
-            "in": len(site.ins),
-            "out": len(site.outs),
-        }
+        counts = _axes_per_role(site)
 
         def cut(name: str, part: Array) -> Array:
             roles = self.delta.axes[name]
@@ -153,6 +158,15 @@ class Plan:
             return jax.lax.slice_in_dim(part, 0, self.max_rank, axis=axis)
 
         return {name: cut(name, part) for name, part in parts.items()}
+
+
+def _axes_per_role(site: Site) -> dict[str, int]:
+    return {
+        "stack": len(site.stacks),
+        "rank": 1,
+        "in": len(site.ins),
+        "out": len(site.outs),
+    }
 
 
 def _by_layer(key: Key, site: Site) -> Array:

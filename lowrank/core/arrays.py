@@ -27,3 +27,5 @@ Frozen = Mapping[str, Any]
 Trained = Mapping[str, Any]
 #: What steers a delta without being trained: joined path -> {dial: array}.
 Dials = Mapping[str, Mapping[str, Any]]
+#: Joined path -> {factor: the role of each of its axes, "stack", "rank", "in", "out"}.
+Roles = Mapping[str, Mapping[str, tuple[str, ...]]]

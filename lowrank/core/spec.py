@@ -135,10 +135,25 @@ def refuse_targets(config: Any, where: str = "config") -> None:
             refuse_targets(value, f"{where}[{index}]")
 
 
+def without_later(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """Fields of a `cls` but those that came later and change nothing at their value.
+
+    A class names them in `later`, with the value under which everything is as it was
+    before there was the field: what a run is called must not depend on the field then.
+    """
+    later: Mapping[str, Any] = getattr(cls, "later", {})
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in later or value != later[name]
+    }
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON types: specs and modules become ``{"name": class, ...}``."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"name": type(value).__name__, **plain(_values(value))}
+        told = without_later(_values(value), type(value))
+        return {"name": type(value).__name__, **plain(told)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

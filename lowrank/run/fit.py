@@ -179,7 +179,7 @@ def fit(
     frozen = replicate(adapted.frozen(), devices)
     state = states.start(
         adapted.init_trained, dials or adapted.dials(), optims, seeds, adapted.leaves,
-        imposed.weights(penalties),
+        imposed.weights(penalties), adapted.roles(),
     )  # fmt: skip
     state = jax.device_put(state, states.on_mesh(devices))
     forward = Forward(model, frozen, devices)
@@ -199,7 +199,7 @@ def fit(
         alive("compilation")
         step = make_step(
             model, loss, optims[0], batches.num_steps, adapted.draws, adapted.active,
-            imposed,
+            imposed, adapted.roles(),
         )  # fmt: skip
         shapes = [batch_shapes(batch, devices, 1) for batch in batches.examples()]
         put = lambda batch: place_batch(batch, devices, 1)

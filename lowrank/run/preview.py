@@ -62,7 +62,7 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
     frozen = located(replicated(mesh), adapted.frozen())
     step = make_step(
         model, cross_entropy, settings.optim, prepared.batches.num_steps,
-        adapted.draws, adapted.active, imposed,
+        adapted.draws, adapted.active, imposed, adapted.roles(),
     )  # fmt: skip
     largest = max(prepared.batches.examples(), key=lambda batch: batch["ids"].size)
     wide = {

@@ -18,6 +18,7 @@ from lowrank.core.spec import (
     fields_of,
     refuse_targets,
     spec,
+    without_later,
 )
 from lowrank.data.buckets import Batching
 from lowrank.data.tasks import CATALOGUE as DATA
@@ -294,6 +295,8 @@ def _told(name: str, group: Any) -> Any:
     if not isinstance(group, Mapping):
         return group
     told = {key: value for key, value in group.items() if key not in left_out}
+    if name == "optim":
+        told = without_later(told, OPTIMIZERS[told["name"]])
     if name == "delta":
         # Their order decides, and a hash of a mapping does not know it.
         ranks = told.pop("ranks", None)

@@ -24,6 +24,7 @@ PACKABLE = (
     "optim.eps",
     "optim.clip",
     "optim.label_smoothing",
+    "optim.b_ratio",
     "penalty.*",
     "seed",
 )

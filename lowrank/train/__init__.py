@@ -1,5 +1,6 @@
 """Training: a list of trials, run as one pack, over time."""
 
+from lowrank.train.aging import reborn as reborn
 from lowrank.train.guard import NonFinitePolicy as NonFinitePolicy
 from lowrank.train.loop import Events as Events
 from lowrank.train.loop import Loop as Loop

@@ -5,17 +5,19 @@ inside the step, so trials with different learning rates share one program. Only
 what changes the program's structure (schedule shape, whether to clip) is static.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank.core.arrays import Trained
+from lowrank.core.arrays import Roles, Trained
 from lowrank.core.errors import BadInput
-from lowrank.core.spec import spec
+from lowrank.core.spec import spec, without_later
+from lowrank.train.aging import by_component, of_ages, told
 
 
 @spec
@@ -33,6 +35,11 @@ class AdamW:
       epochs: Passes over the training rows.
       accumulate: Micro-batches per step; equal to one large batch, at less memory.
       label_smoothing: Mass spread evenly over all classes.
+      b_ratio: Learning rate of the factors along the outputs, over `lr`: LoRA+ (Hayou
+        et al. 2024, arXiv:2402.12354), where it is 16 or so. The whole update of b is
+        so many times as large, its decay included. Unlike the paper's code, this knows
+        b by its axes and not by its name, so that no vector is taken for one, and has
+        no rate apart for embeddings.
     """
 
     lr: float = 2e-3
@@ -47,6 +54,9 @@ class AdamW:
     epochs: int = 8
     accumulate: int = 1
     label_smoothing: float = 0.0
+    b_ratio: float = 1.0
+
+    later: ClassVar[Mapping[str, float]] = {"b_ratio": 1.0}
 
     def __post_init__(self) -> None:
         rules = {
@@ -61,6 +71,7 @@ class AdamW:
             "epochs": self.epochs >= 1,
             "accumulate": self.accumulate >= 1,
             "label_smoothing": 0 <= self.label_smoothing < 1,
+            "b_ratio": 0 < self.b_ratio < math.inf,
         }
         for name, holds in rules.items():
             if not holds:
@@ -69,7 +80,11 @@ class AdamW:
                 )
 
     def constants(self) -> dict[str, float]:
-        """What may differ between trials of one pack."""
+        """What may differ between trials of one pack.
+
+        What came later is left out where it changes nothing: such a run holds, stores
+        and compiles what it did before; see `tables`.
+        """
         return {
             "lr": self.lr,
             "head_ratio": (self.head_lr or self.lr) / self.lr,
@@ -79,10 +94,19 @@ class AdamW:
             "eps": self.eps,
             "clip": self.clip or 0.0,
             "label_smoothing": self.label_smoothing,
+            **without_later({"b_ratio": self.b_ratio}, type(self)),
         }
 
 
 CATALOGUE = {"adamw": AdamW}
+
+
+def tables(optims: Sequence[AdamW]) -> list[dict[str, float]]:
+    """The constants of every trial of a pack, under the same names."""
+    own = [optim.constants() for optim in optims]
+    named = {name for table in own for name in table}
+    later = {name: value for name, value in AdamW.later.items() if name in named}
+    return [{**later, **table} for table in own]
 
 
 def rate(optim: AdamW, peak: Array, num_steps: int) -> optax.Schedule:
@@ -112,25 +136,39 @@ def transformation(
     constants: Mapping[str, Array],
     num_steps: int,
     active: Active | None = None,
+    roles: Roles | None = None,
+    ages: bool = False,
 ) -> optax.GradientTransformation:
     """Clipping, AdamW and the schedule, for one trial's constants.
 
     Entries that are not `active` get no update, not even decay, and keep the moments
-    that they have.
+    and ages that they have. The schedule is the run's, whatever the ages.
+
+    Args:
+      optim: Static choices.
+      constants: The trial's, as arrays.
+      num_steps: Length of the schedule.
+      active: Which entries of the factors may move; all of them if None.
+      roles: What the axes of the factors are for; ages and `b_ratio` need them.
+      ages: Whether components count their updates each for itself, which those that
+        are born in mid-run need (`train.aging`). No field of `AdamW`: it follows from
+        whether ranks change in a run, is no choice, and names no other trial.
     """
-    active = active or {}
+    active, roles = active or {}, roles or {}
     steps: list[optax.GradientTransformation] = []
     if optim.clip is not None:
         steps.append(optax.clip_by_global_norm(constants["clip"]))
     steps += [
-        _adam(constants, active),
+        _adam(constants, active, roles if ages else None),
         optax.add_decayed_weights(constants["weight_decay"], mask=_matrices),
         optax.stateless(
             lambda u, _: only(active, _scale_whole(u, constants["head_ratio"]))
         ),
-        optax.scale_by_learning_rate(rate(optim, constants["lr"], num_steps)),
     ]
-    return optax.chain(*steps)
+    by_rate = optax.scale_by_learning_rate(rate(optim, constants["lr"], num_steps))
+    if "b_ratio" in constants:
+        by_rate = _b_scaled(by_rate, constants["b_ratio"], roles)
+    return optax.chain(*steps, by_rate)
 
 
 def only(active: Active, new: Trained, old: Trained | None = None) -> Trained:
@@ -150,16 +188,20 @@ def only(active: Active, new: Trained, old: Trained | None = None) -> Trained:
 
 
 def _adam(
-    constants: Mapping[str, Array], active: Active
+    constants: Mapping[str, Array], active: Active, roles: Roles | None
 ) -> optax.GradientTransformation:
+    """Adam with moments that stand still where entries do; with ages, given roles."""
     inner = optax.scale_by_adam(constants["b1"], constants["b2"], constants["eps"])
+    inner = inner if roles is None else by_component(inner, roles)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         new: Any
         updates, new = inner.update(updates, state, params)
-        return updates, new._replace(
-            mu=only(active, new.mu, state.mu), nu=only(active, new.nu, state.nu)
-        )
+        held = {"mu": only(active, new.mu, state.mu)}
+        held["nu"] = only(active, new.nu, state.nu)
+        if roles is not None:
+            held["age"] = only(of_ages(active, roles), new.age, state.age)
+        return updates, new._replace(**held)
 
     return optax.GradientTransformation(inner.init, update)
 
@@ -178,7 +220,33 @@ def _scale_whole(updates: Any, ratio: Array) -> Any:
     }
 
 
-def init(optim: AdamW, trained: Trained) -> optax.OptState:
+def _b_scaled(
+    inner: optax.GradientTransformation, ratio: Array, roles: Roles
+) -> optax.GradientTransformation:
+    """`inner` with updates `ratio` times as large for factors along the outputs."""
+
+    def scaled(path: str, name: str, update: Array) -> Array:
+        own = told(roles, path, name)
+        is_b = "rank" in own and "out" in own
+        return update * ratio.astype(update.dtype) if is_b else update
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        found: Any
+        found, state = inner.update(updates, state, params)
+        return {
+            path: {name: scaled(path, name, u) for name, u in own.items()}
+            if isinstance(own, Mapping)
+            else own
+            for path, own in found.items()
+        }, state
+
+    # The state is `inner`'s: trials with and without a ratio hold the same leaves.
+    return optax.GradientTransformation(inner.init, update)
+
+
+def init(
+    optim: AdamW, trained: Trained, roles: Roles | None = None, ages: bool = False
+) -> optax.OptState:
     """The optimizer's state; its structure does not depend on the constants."""
     zeros = {name: jnp.float32(value) for name, value in optim.constants().items()}
-    return transformation(optim, zeros, 1).init(trained)
+    return transformation(optim, zeros, 1, roles=roles, ages=ages).init(trained)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Bool, Float
 
-from lowrank.core.arrays import Dials, Frozen, Key, Trained
+from lowrank.core.arrays import Dials, Frozen, Key, Roles, Trained
 from lowrank.sharding import by_trial, replicated
 from lowrank.train import optim as optimizers
 from lowrank.train.optim import AdamW
@@ -77,6 +77,8 @@ def start(
     seeds: Sequence[int],
     base: Frozen | None = None,
     weights: Sequence[Mapping[str, float]] = (),
+    roles: Roles | None = None,
+    ages: bool = False,
 ) -> TrainState:
     """The state of a pack before its first step.
 
@@ -87,9 +89,11 @@ def start(
       seeds: One per trial.
       base: What the start may read of the base, as an argument of the program.
       weights: Further constants, one mapping per trial: weights of penalties.
+      roles: What the axes of the factors are for; ages need them.
+      ages: Whether components have ages, as the step is told; see `transformation`.
     """
     count = len(seeds)
-    tables = [optim.constants() for optim in optims]
+    tables = optimizers.tables(optims)
     if weights:
         tables = [{**a, **b} for a, b in zip(tables, weights, strict=True)]
     constants = {
@@ -104,7 +108,7 @@ def start(
         return TrainState(
             step=jnp.int32(0),
             trained=trained,
-            opt=jax.vmap(lambda t: optimizers.init(optims[0], t))(trained),
+            opt=jax.vmap(lambda t: optimizers.init(optims[0], t, roles, ages))(trained),
             dials=jax.tree.map(lambda *leaves: jnp.stack(leaves), *dials),
             constants=constants,
             key=keys,

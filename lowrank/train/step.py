@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank.core.arrays import Dials, Frozen, Trained
+from lowrank.core.arrays import Dials, Frozen, Roles, Trained
 from lowrank.train.losses import Loss, Sums
 from lowrank.train.optim import Active, AdamW, only, rate, transformation
 from lowrank.train.penalties import Gradients, Imposed, closed, with_drift
@@ -26,6 +26,8 @@ def make_step(
     draws: bool,
     active: Callable[[Dials], Active] = lambda dials: {},
     imposed: Imposed = Imposed(),
+    roles: Roles | None = None,
+    ages: bool = False,
 ) -> Callable[[Frozen, TrainState, Mapping[str, Array]], tuple[TrainState, dict]]:
     """Builds `step(frozen, state, batch) -> (state, metrics)` for one trial.
 
@@ -43,6 +45,9 @@ def make_step(
         Padding is silent: the others get no gradient, no decay and no moments.
       imposed: Penalties; the reported loss is the task's, the gradient norm that of
         all together, as it is clipped.
+      roles: What the axes of the factors are for; ages and `b_ratio` need them.
+      ages: Whether components count their updates each for itself, as where gates open
+        in mid-run they must; the state is made with them.
     """
 
     def objective(trained: Trained, frozen: Frozen, state: TrainState, batch, key):
@@ -90,7 +95,7 @@ def make_step(
         grads, added = imposed.add(Gradients(task, found.drift), weight, state, moving)
         value, norm = sums.loss / weight, optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        tx = transformation(optim, state.constants, num_steps, moving)
+        tx = transformation(optim, state.constants, num_steps, moving, roles, ages)
         updates, opt = tx.update(grads, state.opt, state.trained)
         trained: Any = optax.apply_updates(state.trained, updates)
         # The optimizer's own count: it stands still in a step that is not applied.

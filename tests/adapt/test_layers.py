@@ -289,6 +289,19 @@ def test_the_start_of_a_layer_does_not_depend_on_its_neighbours_ranks():
     np.testing.assert_array_equal(even[UP]["a"], uneven[UP]["a"])
 
 
+def test_roles_tell_what_every_axis_of_a_factor_is_for():
+    adapted = attached(*RULES)
+    shapes = adapted.trained_shapes()
+    for path, one in adapted.roles().items():
+        assert one == {"a": ("stack", "rank", "in"), "b": ("stack", "rank", "out")}
+        assert {name: len(own) for name, own in one.items()} == {
+            name: len(factor.shape) for name, factor in shapes[path].items()
+        }
+    run = lambda p, x: jnp.einsum("bi,ihk->bhk", x, p["w"])
+    wide = attach(run, {"w": draw(0, D, 2, 3)}, X, rules=[lora("w", 1)])
+    assert wide.roles()["w"]["b"] == ("rank", "out", "out")
+
+
 def test_masks_and_padding_tell_what_is_open():
     adapted = attached(*RULES)
     masks = adapted.active(adapted.dials())

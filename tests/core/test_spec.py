@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -28,6 +28,14 @@ class Cook:
 @spec
 class Pot:
     litres: float
+
+
+@spec
+class Lid:
+    width: float
+    holes: float = 1.0
+
+    later: ClassVar = {"holes": 1.0}
 
 
 CATALOGUE = {"pot": Pot}
@@ -104,6 +112,13 @@ def test_digests_are_stable_and_sensitive():
     assert digest(Cook(spice=2)) == digest(Cook(spice=2.0))
     assert digest(Cook(pinches=2)) != digest(Cook(pinches=3))
     assert digest(Pot(litres=2.0)) != digest({"litres": 2.0})
+
+
+def test_a_field_that_came_later_is_told_only_where_it_changes_something():
+    assert "later" not in fields_of(Lid)
+    assert digest(Lid(width=2)) == digest({"name": "Lid", "width": 2.0})
+    assert digest(Lid(width=2, holes=1)) == digest(Lid(width=2))
+    assert digest(Lid(width=2, holes=0)) != digest(Lid(width=2))
 
 
 def test_what_has_no_stable_name_stands_in_no_record():

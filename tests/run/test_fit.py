@@ -117,13 +117,15 @@ def test_two_seeds_in_one_pack_are_the_two_runs(fitter, plain):
 
 @pytest.mark.slow
 def test_trials_of_a_pack_may_differ_in_their_constants(fitter, plain):
-    optims = [OPTIM, AdamW(lr=0.001, epochs=2, weight_decay=0.1)]
+    optims = [OPTIM, AdamW(lr=0.001, epochs=2, weight_decay=0.1, b_ratio=2.0)]
     penalty = [Penalties(), Penalties(drift=0.1, frobenius=1e-3)]
     packed, rows = fitter(0, 0, optim=optims, penalty=penalty)
     assert losses(rows, 0) == pytest.approx(losses(plain[1]), rel=1e-3)
     assert losses(rows, 1)[10] > losses(rows, 0)[10]
     assert packed.state.constants["lr"].tolist() == pytest.approx([0.01, 0.001])
     assert packed.state.constants["drift"].tolist() == pytest.approx([0.0, 0.1])
+    assert packed.state.constants["b_ratio"].tolist() == [1.0, 2.0]
+    assert "b_ratio" not in plain[0].state.constants
     name = "train/penalty/frobenius"
     sizes = [[row[name] for row in one] for _, one in rows if name in one[0]][-1]
     assert sizes[0] > sizes[1] > 0
@@ -204,6 +206,7 @@ def test_a_directory_of_another_run_is_refused(fitter, prepared, tmp_path):
         fitter(0, directory=tmp_path, loop=dataclasses.replace(LOOP, stop_after=2))
     for other in (
         {"optim": dataclasses.replace(OPTIM, lr=0.02)},
+        {"optim": dataclasses.replace(OPTIM, b_ratio=2.0)},
         {"identity": {"note": "other"}},
     ):
         with pytest.raises(Corrupt, match="belongs to another run"):

@@ -39,6 +39,7 @@ OTHER = {
     "optim.eps": "1e-6",
     "optim.clip": "2.0",
     "optim.label_smoothing": "0.1",
+    "optim.b_ratio": "16.0",
     "seed": "7",
 }
 

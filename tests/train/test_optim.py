@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from lowrank.core.errors import BadInput
-from lowrank.train.optim import AdamW, init, rate, transformation
+from lowrank.train.optim import AdamW, init, rate, tables, transformation
 
 
 def constants(optim):
@@ -82,8 +82,66 @@ def test_whole_weights_have_a_rate_of_their_own():
     )
 
 
+ROLES = {
+    "site": {"a": ("rank", "in"), "b": ("rank", "out")},
+    "other": {"u": ("out", "rank"), "v": ("in", "rank"), "m": ("out",)},
+}
+FACTORS = {
+    "site": {"a": jnp.full((2, 3), 0.5), "b": jnp.full((2, 5), 0.5)},
+    "other": {"u": jnp.ones((5, 2)), "v": jnp.ones((3, 2)), "m": jnp.ones(5)},
+    "head": jnp.full((3, 2), 0.5),
+}
+
+
+def updates(optim, steps=1, **more):
+    """What the optimizer makes of the same gradients for a while, at one place."""
+    grads = jax.tree.map(
+        lambda x: jnp.linspace(-1, 1, x.size).reshape(x.shape) * 3, FACTORS
+    )
+    numbers = {**constants(optim), **more}
+    tx = transformation(optim, numbers, 10, roles=ROLES)
+    state = tx.init(FACTORS)
+    for _ in range(steps):
+        moved, state = jax.jit(tx.update)(grads, state, FACTORS)
+    return moved
+
+
+@pytest.mark.parametrize("ratio", [16.0, 0.3])
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_b_moves_exactly_so_many_times_as_far(ratio, kind):
+    """To the bit: under Adam, and under a step that is nearly the gradient's."""
+    # With such an eps a step is lr g / eps.
+    eps = 1e6 if kind == "sgd" else 1e-8
+    kw = {"weight_decay": 0.1, "clip": None, "eps": eps}
+    for steps in (1, 4):
+        one = updates(AdamW(**kw), steps)
+        two = updates(AdamW(b_ratio=ratio, **kw), steps)
+        for path, name in (("site", "b"), ("other", "u")):
+            expected = np.float32(ratio) * np.asarray(one[path].pop(name))
+            np.testing.assert_array_equal(two[path].pop(name), expected)
+        jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_a_ratio_of_one_in_a_pack_is_the_plain_run_to_the_bit():
+    plain, ratio = AdamW(weight_decay=0.1), AdamW(b_ratio=4.0)
+    alone, (one, two) = tables([plain]), tables([plain, ratio])
+    assert [*alone[0]] == [*plain.constants()]
+    assert "b_ratio" not in alone[0]
+    assert (one.pop("b_ratio"), two["b_ratio"]) == (1.0, 4.0)
+    assert one == plain.constants()
+    found = updates(plain, 3, b_ratio=jnp.float32(1.0))
+    jax.tree.map(np.testing.assert_array_equal, found, updates(plain, 3))
+
+
+def test_a_ratio_needs_to_know_the_axes():
+    optim = AdamW(b_ratio=4.0)
+    tx = transformation(optim, constants(optim), 10)
+    with pytest.raises(BadInput, match=r"site/a .*roles=adapted\.roles\(\)"):
+        tx.update(GRADS, tx.init(TREE), TREE)
+
+
 def test_the_state_does_not_depend_on_the_constants():
-    one, two = AdamW(lr=1e-2), AdamW(lr=1.0, b1=0.5)
+    one, two = AdamW(lr=1e-2), AdamW(lr=1.0, b1=0.5, b_ratio=2.0)
     same = jax.tree.map(
         lambda a, b: bool((a == b).all()), init(one, TREE), init(two, TREE)
     )
@@ -95,7 +153,8 @@ def test_the_state_does_not_depend_on_the_constants():
     [
         {"lr": 0.0}, {"lr": -1.0}, {"b1": 1.0}, {"eps": 0.0}, {"warmup": 1.0},
         {"clip": 0.0}, {"epochs": 0}, {"accumulate": 0}, {"label_smoothing": 1.0},
-        {"weight_decay": -0.1}, {"head_lr": 0.0},
+        {"weight_decay": -0.1}, {"head_lr": 0.0}, {"b_ratio": 0.0},
+        {"b_ratio": float("inf")},
     ],
 )  # fmt: skip
 def test_constants_out_of_range_are_refused(field):
