@@ -1,0 +1,120 @@
+"""What training measures for allocators, and how signals are made from arrays.
+
+An importance names the signals it needs, training measures only those. A signal with
+one number per component is the flat vector of `slots`. What needs the model (gate
+gradients, ablation) is measured there; what follows from factors alone is here.
+
+The gradient is always the task's: penalties have no say in what matters.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from lowrank.deltas.contraction import contract
+from lowrank.deltas.thin import Terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    """A quantity that can be measured.
+
+    Attributes:
+      what: What it is, and in what shape.
+      cost: What measuring it once costs beyond a training step.
+    """
+
+    what: str
+    cost: str
+
+
+SIGNALS: Mapping[str, Signal] = {
+    "factors": Signal("path -> factor -> array, as trained", "nothing"),
+    "gradients": Signal("of the task, alike", "nothing: the step has them"),
+    "gate_gradient": Signal(
+        "components: mean over examples of dL/dg_j", "max_rank numbers per token"
+    ),
+    "gate_fisher": Signal(
+        "components: mean over examples of (dl_n/dg_j)^2",
+        "a backward pass with gates per example",
+    ),
+    "norms": Signal("components: |c_j| |a_j| |b_j|", "O(max_rank (d_in + d_out))"),
+    "spectrum": Signal(
+        "components: singular values of each layer's correction, falling",
+        "O(max_rank^2 (d_in + d_out)) and an SVD of max_rank x max_rank",
+    ),
+    "variance": Signal(
+        "components: shares of input variance along principal directions, falling",
+        "forward passes, then an eigendecomposition of d_in x d_in, once",
+    ),
+    "ablation": Signal(
+        "components: loss with g_j = 0 minus loss", "a forward pass per component"
+    ),
+}
+
+
+def norms(terms: Terms) -> Float[Array, "layers max_rank"]:
+    """||c_j a_j b_j||_F = |c_j| |a_j| |b_j|, without forming the product."""
+    length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))
+    return jnp.abs(terms.c) * length(terms.a) * length(terms.b)
+
+
+def core(terms: Terms) -> tuple[Array, Array, Array]:
+    """Q_a, Q_b and the small matrix M with sum_r c_r a_r b_r = Q_a M Q_b^T, per layer.
+
+    Of A^T = Q_a R_a and (C B)^T = Q_b R_b follows M = R_a R_b^T, at most max_rank wide.
+    Through QR and not through Gram matrices, which would square the condition and lose
+    half of the digits of small singular values.
+    """
+    across = lambda x: lax.transpose(x, (0, 2, 1))
+    q_a, r_a = jnp.linalg.qr(across(terms.a))
+    q_b, r_b = jnp.linalg.qr(across(terms.c[..., None] * terms.b))
+    precision = lax.Precision.HIGHEST
+    return q_a, q_b, contract("lir", "ljr", "lij", r_a, r_b, r_a.dtype, precision)
+
+
+def spectrum(terms: Terms) -> Float[Array, "layers max_rank"]:
+    """Singular values of every layer's correction, falling, filled up with zeros."""
+    values = jnp.linalg.svd(core(terms)[2], compute_uv=False)
+    missing = terms.c.shape[-1] - values.shape[-1]
+    return jnp.pad(values, ((0, 0), (0, missing)))
+
+
+def stable_rank(values: Float[Array, "*layers max_rank"]) -> Float[Array, "*layers"]:
+    """sum s^2 / s_1^2; zero where there is no correction."""
+    largest = jnp.max(values, axis=-1)
+    safe = jnp.where(largest > 0, largest, 1)
+    return jnp.sum(jnp.square(values / safe[..., None]), axis=-1)
+
+
+def effective_rank(values: Float[Array, "*layers max_rank"]) -> Float[Array, "*layers"]:
+    """exp(-sum p log p), p = s / sum s (Roy & Vetterli 2007); zero for no correction.
+
+    1 <= stable rank <= effective rank <= rank for whatever is not zero.
+    """
+    total = jnp.sum(values, axis=-1)
+    p = values / jnp.where(total > 0, total, 1)[..., None]
+    entropy = -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
+    return jnp.where(total > 0, jnp.exp(entropy), 0)
+
+
+def explained_variance(
+    gram: Float[Array, "*layers d_in d"], max_rank: int
+) -> Float[Array, "*layers max_rank"]:
+    """Shares of the input's variance that its principal directions hold, falling.
+
+    EVA (Paischer et al. 2024, arXiv:2410.07170). The Gram matrix is the mean of x^T x
+    over tokens. Departs from the code in that inputs are not centred, since the
+    correction acts on x itself, and in that the spectrum is exact instead of found
+    batch by batch: so it does not depend on the order of sites or batches.
+    """
+    values = jnp.maximum(jnp.linalg.eigvalsh(gram)[..., ::-1], 0)
+    total = jnp.sum(values, axis=-1, keepdims=True)
+    shares = values / jnp.where(total > 0, total, 1)
+    shares = shares[..., :max_rank]
+    missing = max_rank - shares.shape[-1]
+    return jnp.pad(shares, [(0, 0)] * (shares.ndim - 1) + [(0, missing)])

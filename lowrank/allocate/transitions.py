@@ -1,0 +1,152 @@
+"""What happens to a component when it is born, dies, or returns: one site's arrays.
+
+    born   shut before, open now      a is kept or drawn anew, b is zero, age 0
+    died   open before, shut now      nothing: it is silent, and stands still
+    open   open now                   trains; its age counts its updates
+
+A component is born with a zero factor, so a birth changes no output, whatever the
+other factor is. One that returns is born like any other: what it was does not count.
+A dead component is not erased, so pruning can be looked back on, and what a checkpoint
+holds does not depend on when it died.
+
+Factors are arrays (*stack, max_rank, ...), gates and ages (*stack, max_rank).
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lowrank.core.arrays import Key
+from lowrank.core.errors import BadInput
+from lowrank.core.keys import numbered_keys
+
+Factors = Mapping[str, Array]
+
+
+class Change(NamedTuple):
+    """What an event did to the components of a site."""
+
+    born: Bool[Array, "*stack max_rank"]
+    died: Bool[Array, "*stack max_rank"]
+    open: Bool[Array, "*stack max_rank"]
+
+
+def change(
+    old: Float[Array, "*stack max_rank"], new: Float[Array, "*stack max_rank"]
+) -> Change:
+    """Compares gates before and after an event."""
+    was, now = old != 0, new != 0
+    return Change(born=now & ~was, died=was & ~now, open=now)
+
+
+def over(mask: Bool[Array, "*stack max_rank"], x: Array) -> Array:
+    """A mask of components with further axes, so that it broadcasts to a factor.
+
+    Raises:
+      BadInput: The factor's axes do not begin with those of the mask.
+    """
+    if x.shape[: mask.ndim] != mask.shape:
+        raise BadInput(
+            f"a factor of shape {x.shape} does not begin with the axes (stack, "
+            f"max_rank) = {mask.shape} of its gates, so it has no components to change"
+        )
+    return mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+
+
+def reborn(
+    factors: Factors,
+    born: Bool[Array, "*stack max_rank"],
+    zeroed: str,
+    drawn: Factors | None = None,
+) -> dict[str, Array]:
+    """Factors in which components that are born say nothing yet.
+
+    Args:
+      factors: Of one site.
+      born: Which components.
+      zeroed: The factor that becomes zero: what makes the birth silent.
+      drawn: New values of other factors, taken where a component is born. Factors that
+        are not in it keep what they hold: the first draw, or what training left there.
+    """
+    drawn = drawn or {}
+    if unknown := {zeroed, *drawn} - {*factors}:
+        raise BadInput(
+            f"a birth is to change the factor {min(unknown)!r}, and the site has "
+            f"{', '.join(sorted(factors))}"
+        )
+    found = dict(factors)
+    for name, new in drawn.items():
+        x = factors[name]
+        found[name] = jnp.where(over(born, x), new.astype(x.dtype), x)
+    x = found[zeroed]
+    return {**found, zeroed: jnp.where(over(born, x), 0, x).astype(x.dtype)}
+
+
+def draw(
+    key: Key,
+    factor: Array,
+    stack: tuple[int, ...],
+    init: Callable[[Key, tuple[int, ...]], Array],
+) -> Array:
+    """A whole factor of new values, each component from a key of its own.
+
+    So what a component is reborn with does not depend on `max_rank` or on its
+    neighbors; a key per event makes it differ from its earlier lives.
+
+    Args:
+      key: Of the event and the site.
+      factor: Gives the shape, (*stack, max_rank, ...).
+      stack: Shape of the stack.
+      init: (key, shape) -> values of one component.
+    """
+    rank, shape = factor.shape[len(stack)], factor.shape[len(stack) + 1 :]
+    one = lambda k: init(k, shape)
+    layer = lambda k: jax.vmap(one)(numbered_keys(k, rank))
+    if not stack:
+        return layer(key)
+    count = 1
+    for size in stack:
+        count *= size
+    return jax.vmap(layer)(numbered_keys(key, count)).reshape(factor.shape)
+
+
+def ages(
+    age: Int[Array, "*stack max_rank"], born: Bool[Array, "*stack max_rank"]
+) -> Int[Array, "*stack max_rank"]:
+    """Ages after an event: zero for what is born, so that its first update is full.
+
+    With moments at zero and an old age, Adam's first step would be (1 - b1) /
+    sqrt(1 - b2) times the learning rate, 3.16 of it, and grow from there.
+    """
+    return jnp.where(born, 0, age)
+
+
+def older(
+    age: Int[Array, "*stack max_rank"], gate: Float[Array, "*stack max_rank"]
+) -> Int[Array, "*stack max_rank"]:
+    """Ages after an update: that of a shut component stands still."""
+    return age + (gate != 0).astype(age.dtype)
+
+
+def moments(
+    held: Factors, born: Bool[Array, "*stack max_rank"], names: Collection[str]
+) -> dict[str, Array]:
+    """Moments of the optimizer in which components that are born have none."""
+    blank = lambda x: jnp.where(over(born, x), 0, x).astype(x.dtype)
+    return {n: blank(x) if n in names else x for n, x in held.items()}
+
+
+def revivable(
+    factors: Factors, kept: Float[Array, "*stack max_rank"], zeroed: str
+) -> dict[str, Array]:
+    """Factors whose `zeroed` one is zero wherever a component was not kept.
+
+    AdaLoRA's masking as in its code: the value is set to zero and the gate stays open,
+    so the component gets gradients, and is back at once until the next event. Between
+    events the model then has all components, whatever the budget says.
+    """
+    x = factors[zeroed]
+    return {**factors, zeroed: jnp.where(over(kept != 0, x), x, 0).astype(x.dtype)}
