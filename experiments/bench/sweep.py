@@ -222,7 +222,7 @@ def _results(directory: Path) -> dict[str, Any]:
 #: What each arm does without, beside the arm before it.
 SAVED = (
     ("alone", "reused", "starting and compiling once per trial, and its records"),
-    ("reused", "packed", "small products: a pack's are larger"),
+    ("reused", "packed", "calls, batches and evaluations trial by trial"),
     ("packed", "halved", "steps of trials that are cut"),
 )
 
