@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.bench import sweep
+from experiments.bench import sweep, sweep_table
 from experiments.bench.grid import RANKS, RATES, SEEDS, Grid
 from lowrank.sweeps.group import Trial, groups
 
@@ -30,7 +30,7 @@ def report(**changes):
 
 
 def test_verdicts_and_gains_follow_from_the_makespans():
-    told = sweep.table(report())
+    told = sweep_table.table(report())
     assert "| C: packed / A: one process per trial | 0.7 | 0.50: met |" in told
     assert (
         "| D: packed with halving / A: one process per trial | 0.35 | 0.38: missed"
@@ -47,7 +47,7 @@ def test_verdicts_and_gains_follow_from_the_makespans():
 def test_a_short_run_has_a_bound_of_its_own_and_absent_arms_are_left_out():
     short = {**report(packed=220), "steps": 30}
     del short["spans"]["peft"]
-    told = sweep.table(short)
+    told = sweep_table.table(short)
     assert "| 0.5 | 0.55: missed |" in told
     assert "E:" not in told
 
