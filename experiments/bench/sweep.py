@@ -195,10 +195,10 @@ def in_one_process(module: str, *arguments: str) -> dict[str, Any]:
 def _results(directory: Path) -> dict[str, Any]:
     """Mean validation numbers of the trials that went the whole way."""
     trials = load_sweep(directory).trials
-    done = trials[trials["status"] == "done"]
+    done = trials.loc[trials["status"] == "done"]
     return {
         "validation": {
-            name: float(np.nanmean(done[f"best.{name}"].to_numpy(float)))
+            name: float(np.nanmean(np.asarray(done[f"best.{name}"], float)))
             for name in ("accuracy", "log_loss")
         },
         "finished": len(done),
