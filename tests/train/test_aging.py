@@ -367,7 +367,8 @@ def test_trials_in_a_vmap_equal_trials_alone():
     ]
     packed = jax.jit(jax.vmap(steps))
     together = packed(stacked(each), stacked(numbers), *stacked(given))
-    close(together, stacked(apart), rtol=1e-6, atol=1e-7)
+    # Some rounding more than 1e-6: jax 0.12 without LLVM's optimizer fuses otherwise.
+    close(together, stacked(apart), rtol=1e-5, atol=1e-6)
     same(aged(together[1]).age, stacked([aged(opt).age for _, opt in apart]))
 
 
