@@ -38,8 +38,16 @@ def run(grid: Grid) -> dict[str, Any]:
     validation = first.evaluation("validation")
     forward = Forward(model, frozen, mesh)
     put = lambda batch: place_batch(batch, mesh, 1)
+    # One program for all starts, too: a start each would be compiled each.
+    starts = states.start(
+        together.init_trained,
+        dials,
+        [trial.optim for trial in trials],
+        [trial.seed for trial in trials],
+        together.leaves,
+    )
     pack, found, losses = None, [], []
-    for trial, own in zip(trials, dials, strict=True):
+    for number, trial in enumerate(trials):
         batches = TrainPipeline(
             first.tokens["train"],
             first.task.splits["train"].labels,
@@ -47,10 +55,7 @@ def run(grid: Grid) -> dict[str, Any]:
             trial_seeds=(trial.seed,),
             num_epochs=trial.optim.epochs,
         )
-        state = states.start(
-            together.init_trained, own, [trial.optim], [trial.seed], together.leaves
-        )
-        state = replicate(state, mesh)
+        state = replicate(_row(starts, number), mesh)
         if pack is None:
             step = make_step(
                 model, cross_entropy, trial.optim, batches.num_steps, together.draws,
@@ -70,6 +75,13 @@ def run(grid: Grid) -> dict[str, Any]:
         )
         found.append(numbers(scored))
     return {"results": found, "losses": losses}
+
+
+def _row(state: states.TrainState, number: int) -> states.TrainState:
+    """The state of one trial as that of a pack of one; the step has no trials."""
+    own = jax.tree.map(lambda x: x[number : number + 1], state.replace(step=None))
+    # A copy, since a pack's step donates its state.
+    return own.replace(step=jnp.array(state.step, copy=True))
 
 
 def export(grid: Grid) -> dict[str, Any]:

@@ -25,29 +25,15 @@ from experiments.bench.__main__ import describe, export
 from experiments.bench.curve import curve
 from experiments.bench.grid import Grid, validation_numbers
 from experiments.bench.peft_grid import ARRAYS
-from experiments.bench.report import median_interval
 from experiments.bench.reused import export as export_batches
 from experiments.bench.setting import Setting
+from experiments.bench.sweep_table import TITLES, table
 from lowrank.core.errors import BadInput, LowrankError, exit_code
 from lowrank.io import hub
 from lowrank.io.files import write_json_atomically
 from lowrank.sweeps.load import load_sweep
 
 ARMS = ("alone", "reused", "packed", "halved", "peft")
-TITLES = {
-    "alone": "A: one process per trial",
-    "reused": "B: one process, one step reused",
-    "packed": "C: packed",
-    "halved": "D: packed with halving",
-    "peft": "E: PEFT on torch, one process",
-}
-#: (numerator, denominator, limit at 100 steps, limit at 30 steps)
-BOUNDS = (
-    ("packed", "alone", 0.7, 0.5),
-    ("halved", "alone", 0.35, None),
-    ("packed", "peft", 0.9, None),
-    ("halved", "peft", 0.5, None),
-)
 WIDTHS = (1, 4, 8, 16)
 #: (batch, seq) of 256 and of 2048 tokens, and the limit of C over B per trial-step.
 TOKENS = (((32, 8), 1.0), ((32, 64), 1.1))
@@ -209,69 +195,14 @@ def in_one_process(module: str, *arguments: str) -> dict[str, Any]:
 def _results(directory: Path) -> dict[str, Any]:
     """Mean validation numbers of the trials that went the whole way."""
     trials = load_sweep(directory).trials
-    done = trials[trials["status"] == "done"]
+    done = trials.loc[trials["status"] == "done"]
     return {
         "validation": {
-            name: float(np.nanmean(done[f"best.{name}"].to_numpy(float)))
+            name: float(np.nanmean(np.asarray(done[f"best.{name}"], float)))
             for name in ("accuracy", "log_loss")
         },
         "finished": len(done),
     }
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    machine, spans = report["machine"], report["spans"]
-    middle = {
-        arm: float(np.median([s["seconds"] for s in v])) for arm, v in spans.items()
-    }
-    lines = [
-        "# Many short trials, five ways",
-        "",
-        f"`make bench-sweep`: {report['trials']} trials of MiniLM, LoRA of four ranks "
-        f"x two rates x three seeds, {report['steps']} steps of 256 tokens each, whole "
-        f"commands. {machine['cpu']}, {machine['num_threads']} of "
-        f"{machine['num_cpus']} cores; load {machine['load_before']:.1f} before, "
-        f"{machine['load_after']:.1f} after.",
-        "",
-        "| arm | makespan, s | runs | validation accuracy | validation log loss |",
-        "|---|---|---|---|---|",
-    ]
-    for arm, found in spans.items():
-        seconds = ", ".join(f"{one['seconds']:.0f}" for one in found)
-        said = [f"{found[0]['validation'][n]:.3f}" for n in ("accuracy", "log_loss")]
-        lines.append(
-            f"| {TITLES[arm]} | {seconds} | {len(found)} | {' | '.join(said)} |"
-        )
-    short = report["steps"] < 65
-    lines += ["", "| ratio | wanted | found |", "|---|---|---|"]
-    for top, bottom, limit, limit_short in BOUNDS:
-        wanted = limit_short if short else limit
-        if top in middle and bottom in middle and wanted is not None:
-            ratio = middle[top] / middle[bottom]
-            met = "met" if ratio <= wanted else "missed"
-            lines.append(
-                f"| {TITLES[top]} / {TITLES[bottom]} | {wanted} | {ratio:.2f}: {met} |"
-            )
-    for shape, found in report["curves"].items():
-        lines += [
-            "",
-            f"Time of a trial-step at {shape}, over that of a pack of one "
-            f"(wanted: at most {found['limit']}):",
-            "",
-            "| pack | ms per trial-step | over a pack of one | compile, s | temp MiB |",
-            "|---|---|---|---|---|",
-        ]
-        one = np.array(found["widths"]["1"]["seconds"])
-        for width, cell in found["widths"].items():
-            seconds = np.array(cell["seconds"])
-            ratio = median_interval(list(seconds / one))
-            lines.append(
-                f"| {width} | {1000 * np.median(seconds):.0f} | {ratio['median']:.2f} "
-                f"[{ratio['low']:.2f}, {ratio['high']:.2f}] | "
-                f"{cell['compile_seconds']:.1f} | {cell['temp_bytes'] / 2**20:.0f} |"
-            )
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

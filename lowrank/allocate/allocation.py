@@ -242,6 +242,11 @@ def pack(
                 f"trial {trial} allocates ranks by {one.program}, another of its pack "
                 f"by {first.program}; trials that differ so cannot share a program"
             )
+        if one.program.unit != first.program.unit:
+            raise BadInput(
+                f"trial {trial} counts its budget in {one.program.unit}, another of "
+                f"its pack in {first.program.unit}; set ranks.unit alike"
+            )
         if _layout(one.slots) != _layout(first.slots):
             raise BadInput(
                 f"trial {trial} holds other components than its pack: sites, max_rank "

@@ -149,21 +149,26 @@ class Sensitivity(Importance):
         return {**memory, **changed}
 
 
-class Smoothed(Importance):
-    """|m_j|, m the exponential mean of a signal of one number per component.
-
-    Divided by 1 - decay^n after n measurements since the component's birth, so that a
-    young one compares with an old one.
+class OfOneSignal(Importance):
+    """An importance that reads one signal, of one number per component.
 
     Attributes:
       signal: Name of the signal.
     """
 
-    memory = "two numbers per component"
-
     def __init__(self, signal: str):
         self.signal = signal
         self.signals = frozenset({signal})
+
+
+class Smoothed(OfOneSignal):
+    """|m_j|, m the exponential mean of the signal.
+
+    Divided by 1 - decay^n after n measurements since the component's birth, so that a
+    young one compares with an old one.
+    """
+
+    memory = "two numbers per component"
 
     def init(self, slots: Slots, factors: Mapping[str, Any] | None) -> Memory:
         del factors
@@ -237,18 +242,10 @@ class EffectiveRank(Smoothed):
         return used * sizes / jnp.where(total > 0, total, 1)
 
 
-class Latest(Importance):
-    """max(x_j, 0) of the latest measurement: for what is measured once, or anew.
-
-    Attributes:
-      signal: Name of the signal.
-    """
+class Latest(OfOneSignal):
+    """max(x_j, 0) of the latest measurement: for what is measured once, or anew."""
 
     memory = "one number per component"
-
-    def __init__(self, signal: str):
-        self.signal = signal
-        self.signals = frozenset({signal})
 
     def init(self, slots: Slots, factors: Mapping[str, Any] | None) -> Memory:
         del factors

@@ -54,7 +54,7 @@ class Adaptive(Allocator):
     Attributes:
       importance: What components are ranked by.
       normaliser: What it is divided by; by default the cost where the budget counts
-        parameters, else nothing.
+        parameters and components compete one by one, else nothing.
       selector: How winners follow from it.
       schedule: Shape of the budget between its first and its last value.
       unit: What budgets count.
@@ -163,7 +163,9 @@ class Adaptive(Allocator):
         return Allocation(slots, self._program(), constants)
 
     def _program(self) -> Program:
-        usual = "cost" if self.unit == "parameters" else "none"
+        # A proportional share is divided by what it buys already.
+        by_cost = self.unit == "parameters" and self.selector != "proportional"
+        usual = "cost" if by_cost else "none"
         once = IMPORTANCES[self.importance].signals <= {"variance"}
         return Program(
             importance=self.importance,

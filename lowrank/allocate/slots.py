@@ -241,7 +241,8 @@ class Slots:
         self, ranks: Int[Array | np.ndarray, " layers"]
     ) -> Float[Array, " components"]:
         """Gates of which the first ones of each layer are open."""
-        return (self.position < jnp.asarray(ranks)[self.layer]).astype(jnp.float32)
+        is_open = jnp.asarray(self.position) < jnp.asarray(ranks)[self.layer]
+        return is_open.astype(jnp.float32)
 
     def named(self, ranks: Sequence[int] | np.ndarray) -> dict[str, int]:
         """Ranks by the name of the layer."""

@@ -13,11 +13,11 @@ from lowrank.cost.measure import compiled_cost
 from lowrank.run.forward import inputs_of, on_inputs
 from lowrank.run.prepare import Prepared, site_rows, sizes
 from lowrank.run.ranks import begun
-from lowrank.sharding import batch_shapes, replicated, trial_axis
+from lowrank.sharding import batch_shapes, replicated
 from lowrank.train import state as states
 from lowrank.train.examples import gauge
 from lowrank.train.losses import cross_entropy
-from lowrank.train.pack import jitted, over_trials
+from lowrank.train.pack import jitted, on_devices
 from lowrank.train.penalties import impose
 from lowrank.train.step import make_step
 
@@ -81,7 +81,7 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
         for name, array in largest.items()
     }
     batch = batch_shapes(wide, mesh, 1)
-    packed = over_trials(step, num_trials, trial_axis(mesh), moving)
+    packed = on_devices(step, num_trials, mesh, moving)
     return Lowered(packed, (frozen, state, batch), mesh)
 
 

@@ -352,6 +352,8 @@ def test_a_budget_of_parameters_is_kept_in_parameters():
     )
     allocation = allocator("norm", unit="parameters").on(slots, STEPS)
     assert allocation.program.normaliser == "cost"
+    shares = allocator("effective_rank", unit="parameters").on(slots, STEPS)
+    assert shares.program.normaliser == "none", "shares are divided by cost once"
     costs = slots.cost[slots.layer]
     for step, gates, _ in simulate(allocation):
         budget = int(allocation.budget(step, allocation.constants))
@@ -438,6 +440,8 @@ def test_trials_that_differ_in_more_than_numbers_share_no_program():
         pack([one, two])
     with pytest.raises(BadInput, match="trial 1 holds other components"):
         pack([one, allocator("fisher").on(equal(LAYERS, max_rank=5), STEPS)])
+    with pytest.raises(BadInput, match="trial 1 counts its budget in parameters"):
+        pack([one, allocator("uniform", unit="parameters").on(slots, STEPS)])
     with pytest.raises(BadInput, match="another number of steps"):
         pack([one, allocator("fisher").on(slots, STEPS + 1)])
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lives import called, limit_memory
-from tiny_run import SPEC
+from tiny_hf import SPEC
 
 from lowrank.core.errors import LowrankError
 from lowrank.core.trees import flatten, shapes_of

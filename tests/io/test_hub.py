@@ -5,7 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_base import CONFIG, ONE, SPEC, fresh, write
+from tiny_base import ONE, fresh, write
+from tiny_hf import CONFIG, SPEC
 
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.core.trees import flatten

@@ -6,7 +6,7 @@ import types
 import zipfile
 
 import pytest
-from tiny_base import SPEC
+from tiny_hf import SPEC
 
 from lowrank.core.errors import BadInput, CannotWrite
 from lowrank.io import hub

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from tiny_run import SMALL, SPEC, composed, metric_rows
+from tiny_hf import SPEC
+from tiny_run import SMALL, composed, metric_rows
 
 from lowrank.core.trees import flatten
 from lowrank.io.peft import read_adapter

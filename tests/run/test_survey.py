@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_run import SPEC, composed
+from tiny_hf import SPEC
+from tiny_run import composed
 
 from lowrank.adapt.attach import attach
 from lowrank.adapt.rules import Rule

@@ -13,18 +13,16 @@ import jax
 import jax.monitoring
 import numpy as np
 from hydra import compose, initialize_config_dir
-from safetensors.numpy import save_file
+from tiny_hf import SPEC, write_folder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lowrank.core.errors import LowrankError, Preempted, exit_code
 from lowrank.core.trees import flatten
 from lowrank.io import keymaps
 from lowrank.models.encoder import Classifier
-from lowrank.models.zoo import SIZES
 from lowrank.run.door import CONF, resolve
 
 ROOT = Path(__file__).parents[2]
-SPEC = SIZES["tiny_test"]
 KEYWORDS = {
     "animal": ("cat", "dog", "horse", "owl"),
     "color": ("red", "blue", "green", "pink"),
@@ -50,7 +48,6 @@ SMALL = (
 
 def write_base(folder, seed=0):
     """A random encoder in the layout of Hugging Face."""
-    folder.mkdir(parents=True, exist_ok=True)
     one = {"ids": np.zeros((1, 2), np.int32), "mask": np.ones((1, 2), bool)}
     model = Classifier(SPEC, 2, pooling="pooler")
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
@@ -65,17 +62,6 @@ def write_base(folder, seed=0):
     kinds = rng.normal(scale=3.0, size=(len(KEYWORDS), 1, SPEC.d_model))
     words = params["encoder"]["embeddings"]["word"]["embedding"]
     words[len(SPECIAL) : len(SPECIAL) + 12].reshape(3, 4, -1)[:] += kinds
-    save_file(keymaps.to_hf(params), folder / "model.safetensors")
-    config = {
-        "model_type": "bert",
-        "vocab_size": SPEC.vocab_size,
-        "hidden_size": SPEC.d_model,
-        "num_hidden_layers": SPEC.num_layers,
-        "num_attention_heads": SPEC.num_heads,
-        "intermediate_size": SPEC.d_ff,
-        "max_position_embeddings": SPEC.max_positions,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
     keywords = [word for words in KEYWORDS.values() for word in words]
     words = {word: n for n, word in enumerate((*SPECIAL, *keywords, *FILLERS))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
@@ -83,8 +69,7 @@ def write_base(folder, seed=0):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return write_folder(folder, keymaps.to_hf(params), tokenizer)
 
 
 def write_table(file, rows_per_class=30, seed=0, classes=tuple(KEYWORDS)):

@@ -12,7 +12,7 @@ from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
-from lowrank.train.pack import Pack, over_trials
+from lowrank.train.pack import ENTRIES_AT_ONCE, Pack, on_devices, over_trials
 from lowrank.train.step import make_step
 
 STEPS = 4
@@ -23,14 +23,14 @@ OPTIMS = [
 ]
 
 
-def run(optims, seeds, batches, dropout):
+def run(optims, seeds, batches, dropout, entries_at_once=None):
     """Trains a pack on `batches`: one list of batches per step, one per trial."""
     adapted = toy.make(dropout)
     step = make_step(
         toy.model_of(adapted), cross_entropy, optims[0], STEPS, draws=adapted.draws
     )
     state = states.start(adapted.init_trained, adapted.dials(), optims, seeds)
-    packed = jax.jit(over_trials(step, len(seeds)))
+    packed = jax.jit(over_trials(step, len(seeds), entries_at_once=entries_at_once))
     losses = []
     for one in batches:
         state, metrics = packed(adapted.frozen(), state, toy.on_device(toy.stack(one)))
@@ -54,6 +54,47 @@ def test_trials_in_a_pack_equal_trials_alone(dropout):
         )
         for a, b in pairs:
             np.testing.assert_allclose(a[trial], b[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("entries_at_once", [1, 100, 144])
+def test_trials_that_take_turns_are_the_trials_side_by_side(entries_at_once):
+    # 48 entries a trial: one, two and three of six at a time.
+    optims, seeds = OPTIMS * 2, [3, 1, 4, 1, 5, 9]
+    batches = [[toy.batch(10 * s + seed) for seed in seeds] for s in range(STEPS)]
+    side_by_side, losses = run(optims, seeds, batches, 0.3)
+    in_turns, own = run(optims, seeds, batches, 0.3, entries_at_once)
+    np.testing.assert_allclose(own, losses, rtol=1e-5)
+    assert int(in_turns.step) == STEPS
+    assert jax.tree.structure(in_turns) == jax.tree.structure(side_by_side)
+    for a, b in zip(
+        jax.tree.leaves(in_turns.trained),
+        jax.tree.leaves(side_by_side.trained),
+        strict=True,
+    ):
+        # 1e-4: sums of a narrower product come in another order, as in a pack alone.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_turns_are_as_wide_as_entries_allow_and_come_out_even():
+    mesh = MeshSpec().build()
+    adapted = toy.make()
+    step = make_step(
+        toy.model_of(adapted), cross_entropy, OPTIMS[0], STEPS, draws=False
+    )
+
+    def loops(num_trials, rows):
+        seeds = list(range(num_trials))
+        optims = OPTIMS[:1] * num_trials
+        state = states.start(adapted.init_trained, adapted.dials(), optims, seeds)
+        batch = toy.stack([toy.batch(s, rows, 64) for s in seeds])
+        packed = on_devices(step, num_trials, mesh)
+        text = str(jax.make_jaxpr(packed)(adapted.frozen(), state, batch))
+        return [int(n) for n in re.findall(r"length=(\d+)", text)]
+
+    assert ENTRIES_AT_ONCE == 6144
+    assert loops(6, 16) == [], "6 x 1024: all side by side"
+    assert loops(8, 16) == [2], "8 x 1024: two turns of four"
+    assert loops(3, 64) == [3], "one of 4096 at a time"
 
 
 def test_a_trial_that_diverges_harms_no_other():
