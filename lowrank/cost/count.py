@@ -207,8 +207,12 @@ def jaxpr_products(fn: Callable, *args: Any, **kwargs: Any) -> dict[Product, int
         return Product(lhs, rhs, numbers, _dot(equation))
 
     flops = _Walk(key)(_needed(fn, *args, **kwargs))
-    flops.pop(None, None)
-    return {product: total // product.flops for product, total in flops.items()}
+    return {
+        product: total // product.flops
+        for product, total in flops.items()
+        # Other contractions have no key, and empty products no FLOPs.
+        if product is not None and product.flops
+    }
 
 
 def _needed(fn: Callable, *args: Any, **kwargs: Any) -> Any:

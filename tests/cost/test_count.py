@@ -98,8 +98,9 @@ def test_products_are_told_apart_and_counted():
 
     def program(w, x):
         x @ jnp.ones((WIDTH, 3))
+        nothing = x @ jnp.ones((WIDTH, 0)) @ jnp.ones((0, WIDTH))
         x, _ = lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)
-        return x @ w[0] @ jnp.ones((WIDTH, 2))
+        return (x @ w[0] + nothing) @ jnp.ones((WIDTH, 2))
 
     found = jaxpr_products(jax.jit(program), *STACK)
     assert {p.rhs.shape: n for p, n in found.items()} == {
