@@ -50,9 +50,10 @@ test-faults: $(VENV)/.made
 test-engines: $(VENV)/.engines
 	$(BIN)/python -m pytest -q -m faults tests/engines
 
-# The table in docs/faults.md, from a run of every test that stands for a fault.
+# The table in docs/faults.md, from a run of every test that stands for a fault. (With
+# "=": pytest would take a file for the place of the tests, and not know the option.)
 docs-faults: $(VENV)/.made
-	$(BIN)/python -m pytest -m 'faults or fault' --write-fault-table docs/faults.md
+	$(BIN)/python -m pytest -m 'faults or fault' --write-fault-table=docs/faults.md
 
 # The other end of the version range: the newest jax and flax need Python 3.12 or later.
 test-newest:
@@ -67,7 +68,7 @@ foreign: $(VENV)/.foreign
 
 # The table in docs/models.md, from the same suite.
 docs-models: $(VENV)/.foreign
-	$(BIN)/python -m pytest -q -m foreign tests/foreign --write-model-table docs/models.md
+	$(BIN)/python -m pytest -q -m foreign tests/foreign --write-model-table=docs/models.md
 
 # Every notebook, cell by cell, on a made-up sweep; what they show is in build/notebooks.
 notebooks: $(VENV)/.notebooks

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from experiments.bench import __main__ as bench
-from experiments.bench import child, handwritten, ours, peers, report
+from experiments.bench import child, handwritten, ours, peers, products, report
 from experiments.bench.setting import MAPS, Setting, draw_batch
 from lowrank.adapt.rules import Rule, Train
 from lowrank.core.errors import BadInput
@@ -93,6 +93,20 @@ def test_ours_has_the_flops_of_the_handwritten_step(arms):
     mine, theirs = arms
     assert mine.facts["num_trained"] == theirs.facts["num_trained"]
     assert mine.facts["flops"]() <= 1.01 * theirs.facts["flops"]()
+
+
+def test_the_products_of_a_step_are_timed_one_by_one(monkeypatch, base):
+    """All its FLOPs are in the table, and what is left of the step is told."""
+    monkeypatch.setattr(products.hub, "load", lambda *args, **more: base)
+    found = products.measure(SETTING, rounds=2)
+    work = sum(number * product.flops for product, number, _ in found["products"])
+    assert work == ours.lora(SETTING, base).facts["flops"]()
+    assert found["share"]["median"] > 0
+    for product, _, _ in found["products"]:
+        assert products.alone(product)().size > 0
+    console = Console(file=io.StringIO(), width=100)
+    products.show(found, console)
+    assert "of the step" in console.file.getvalue()
 
 
 def test_full_fine_tuning_trains_every_weight(base):

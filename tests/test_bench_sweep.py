@@ -44,6 +44,15 @@ def test_verdicts_and_gains_follow_from_the_makespans():
     assert "| 4 | 125 | 0.85 [0.80, 0.90] |" in told
 
 
+def test_a_makespan_that_is_scaled_says_so():
+    found = report()
+    assert "were timed" not in sweep_table.table(found)
+    found["spans"]["alone"][0]["each"] = [1.0] * 6
+    assert "Of A 6 trials were timed" in sweep_table.table(found)
+    found["spans"]["alone"][0]["each"] = [1.0] * 24
+    assert "were timed" not in sweep_table.table(found)
+
+
 def test_a_short_run_has_a_bound_of_its_own_and_absent_arms_are_left_out():
     short = {**report(packed=220), "steps": 30}
     del short["spans"]["peft"]

@@ -18,13 +18,12 @@ from safetensors.numpy import save_file
 from experiments.bench import peers
 from experiments.bench.child import ARMS, Child
 from experiments.bench.report import SCHEMA, show, summarize
-from experiments.bench.setting import Setting
+from experiments.bench.setting import SHAPES, Setting
 from lowrank.core.errors import BadInput, LowrankError, exit_code
 from lowrank.io import hub
 from lowrank.io.files import write_json_atomically
 from lowrank.io.keymaps import to_hf
 
-SHAPES = ((32, 64), (8, 32))
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "numpy")
 #: Steps of a turn that are not timed: caches are cold after the others' turns.
 WARM = 1
@@ -50,18 +49,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every arm")
     parser.add_argument("--arms", default=",".join(ARMS), help="some of the arms")
+    parser.add_argument(
+        "--shapes",
+        default=",".join(f"{batch}x{seq}" for batch, seq in SHAPES),
+        help="rows x tokens, some",
+    )
     parser.add_argument("--base", default="minilm", help="weights, as elsewhere")
     parser.add_argument("--threads", type=int, default=2, help="cores of an arm")
     parser.add_argument("--quick", action="store_true", help="small shape, few steps")
     parser.add_argument("--out", help="JSON with everything, raw times included")
     options = parser.parse_args(arguments)
     options.arms = tuple(options.arms.split(","))
+    options.shapes = [one.split("x") for one in options.shapes.split(",")]
+    if any(len(one) != 2 or not all(map(str.isdigit, one)) for one in options.shapes):
+        parser.error("--shapes is a list like 32x64,8x32: rows x tokens")
+    options.shapes = [(int(batch), int(seq)) for batch, seq in options.shapes]
     if unknown := set(options.arms) - set(ARMS):
         parser.error(f"unknown arms {sorted(unknown)}; there are {', '.join(ARMS)}")
     if options.steps < 1 or options.rounds < 1:
         parser.error("--steps and --rounds are at least 1")
     if options.quick:
         options.steps, options.rounds = min(options.steps, 3), min(options.rounds, 3)
+        options.shapes = options.shapes[-1:]
     return options
 
 
@@ -83,8 +92,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "folder": str(folder),
             "num_threads": options.threads,
         }
-        shapes = SHAPES[1:] if options.quick else SHAPES
-        settings = [Setting(batch=b, seq=s, **shared) for b, s in shapes]
+        settings = [Setting(batch=b, seq=s, **shared) for b, s in options.shapes]
         report = {
             "schema": SCHEMA,
             "machine": machine,

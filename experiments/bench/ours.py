@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.bench.setting import Arm, Setting, draw_batch, draw_start
+from experiments.bench.setting import Setting, draw_batch, draw_start
 from lowrank.adapt.attach import Adapted, attach
 from lowrank.adapt.rules import AnyRule, Rule, Train
 from lowrank.core.arrays import Trained
 from lowrank.core.trees import count, flatten
-from lowrank.cost.count import jaxpr_flops
+from lowrank.cost.count import Product, jaxpr_flops, jaxpr_products
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
@@ -30,14 +30,14 @@ SITES = "**/{query,key,value,output,up,down}/kernel"
 NUM_STEPS = 1_000_000
 
 
-def lora(setting: Setting, base: Base) -> Arm:
+def lora(setting: Setting, base: Base) -> "PackOfOne":
     """Corrections of every linear map, and the head trained whole."""
     delta = LoRA(alpha=setting.alpha)
     rules = [Train(base.head), Rule(SITES, delta, rank=setting.rank)]
     return PackOfOne(setting, base, rules)
 
 
-def full(setting: Setting, base: Base) -> Arm:
+def full(setting: Setting, base: Base) -> "PackOfOne":
     """Every weight trained."""
     return PackOfOne(setting, base, [Train("**")])
 
@@ -104,14 +104,18 @@ class PackOfOne:
             mesh,
         )  # fmt: skip
         (compiled,) = self._pack.compiled.values()
+        # The state of the moment: the one before it was donated.
+        self._program = lambda: (over_trials(step, 1), frozen, self._state, shapes)
         self.facts: Mapping[str, Any] = {
-            "flops": lambda: (
-                jaxpr_flops(over_trials(step, 1), frozen, self._state, shapes).flops
-            ),
+            "flops": lambda: jaxpr_flops(*self._program()).flops,
             "compile_seconds": self._pack.compile_seconds,
             "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
             "num_trained": count(trained),
         }
+
+    def products(self) -> dict[Product, int]:
+        """The matrix products of a step, and how often each runs."""
+        return jaxpr_products(*self._program())
 
     def step(self) -> float:
         self._state, metrics = self._pack(self._state, self._batch)

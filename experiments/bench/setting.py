@@ -9,6 +9,8 @@ import numpy as np
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 
+#: (rows, tokens of a row): a large batch and a small one.
+SHAPES = ((32, 64), (8, 32))
 #: Linear maps of a layer, in the order in which they run.
 MAPS = ("query", "key", "value", "output", "up", "down")
 

@@ -136,7 +136,7 @@ def refuse_targets(config: Any, where: str = "config") -> None:
 
 
 def without_later(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """Fields of a `cls` but those that came later and change nothing at their value.
+    """Fields of a `cls`, except later ones that hold the value which changes nothing.
 
     A class names them in `later`, with the value under which everything is as it was
     before there was the field: what a run is called must not depend on the field then.

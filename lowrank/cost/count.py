@@ -6,8 +6,8 @@ Nothing here runs a program or needs weights; `jax.ShapeDtypeStruct`s will do.
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -171,11 +171,8 @@ def jaxpr_flops(fn: Callable, *args: Any, **kwargs: Any) -> Flops:
       *args: Arrays or `jax.ShapeDtypeStruct`s.
       **kwargs: The same by name.
     """
-    closed = jax.make_jaxpr(fn)(*args, **kwargs)
-    walk = _Walk()
-    inner = _opened(closed)
-    needed, _ = dce_jaxpr(inner, [True] * len(inner.outvars), instantiate=True)
-    flops = walk(needed)
+    walk = _Walk(lambda equation: equation.primitive.name)
+    flops = walk(_needed(fn, *args, **kwargs))
     return Flops(
         flops=float(sum(flops.values())),
         per_primitive={name: float(n) for name, n in sorted(flops.items())},
@@ -184,26 +181,72 @@ def jaxpr_flops(fn: Callable, *args: Any, **kwargs: Any) -> Flops:
     )
 
 
-class _Walk:
-    """One walk over a program; FLOPs come back, what escaped is remembered."""
+class Product(NamedTuple):
+    """A `dot_general`: what it is called with."""
 
-    def __init__(self) -> None:
+    lhs: jax.ShapeDtypeStruct
+    rhs: jax.ShapeDtypeStruct
+    dimension_numbers: Any
+    flops: int
+
+
+def jaxpr_products(fn: Callable, *args: Any, **kwargs: Any) -> dict[Product, int]:
+    """Every matrix product of ``fn(*args, **kwargs)``, and how often it runs.
+
+    Counted as `jaxpr_flops` does.
+    """
+
+    def key(equation: Any) -> Any:
+        if equation.primitive.name != "dot_general":
+            return None
+        lhs, rhs = (
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+            for v in equation.invars[:2]
+        )
+        numbers = equation.params["dimension_numbers"]
+        return Product(lhs, rhs, numbers, _dot(equation))
+
+    flops = _Walk(key)(_needed(fn, *args, **kwargs))
+    return {
+        product: total // product.flops
+        for product, total in flops.items()
+        # Other contractions have no key, and empty products no FLOPs.
+        if product is not None and product.flops
+    }
+
+
+def _needed(fn: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The jaxpr of a function, less what no output needs."""
+    inner = _opened(jax.make_jaxpr(fn)(*args, **kwargs))
+    needed, _ = dce_jaxpr(inner, [True] * len(inner.outvars), instantiate=True)
+    return needed
+
+
+class _Walk:
+    """One walk over a program; FLOPs come back, what escaped is remembered.
+
+    Args:
+      key: What the FLOPs of an equation are filed under.
+    """
+
+    def __init__(self, key: Callable[[Any], Hashable]) -> None:
         self.unbounded = 0
         self.uncounted: set[str] = set()
+        self._key = key
 
-    def __call__(self, jaxpr: Any) -> collections.Counter[str]:
-        total: collections.Counter[str] = collections.Counter()
+    def __call__(self, jaxpr: Any) -> collections.Counter[Any]:
+        total: collections.Counter[Any] = collections.Counter()
         for equation in _opened(jaxpr).eqns:
             total.update(self._equation(equation))
         return total
 
-    def _equation(self, equation: Any) -> collections.Counter[str]:
+    def _equation(self, equation: Any) -> collections.Counter[Any]:
         name, params = equation.primitive.name, equation.params
         if name in OPAQUE:
             self.uncounted.add(name)
             return collections.Counter()
         if rule := _RULES.get(name):
-            return collections.Counter({name: rule(equation)})
+            return collections.Counter({self._key(equation): rule(equation)})
         if name == "scan":
             return _times(self(params["jaxpr"]), params["length"])
         if name == "cond":
@@ -224,8 +267,8 @@ class _Walk:
         return sum(map(self, _inner(params)), collections.Counter())
 
 
-def _times(flops: collections.Counter[str], trips: int) -> collections.Counter[str]:
-    return collections.Counter({name: n * trips for name, n in flops.items()})
+def _times(flops: collections.Counter[Any], trips: int) -> collections.Counter[Any]:
+    return collections.Counter({key: n * trips for key, n in flops.items()})
 
 
 def _opened(jaxpr: Any) -> Any:

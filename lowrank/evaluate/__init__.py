@@ -1,8 +1,8 @@
 """Judging a finished system: scores and their intervals.
 
-`lowrank.evaluate.compare` (arms over seeds) and `lowrank.evaluate.probe` (the frozen
-probe) are not loaded here: a training command would wait more than a second for
-libraries that it never asks.
+The modules `compare` (arms over seeds) and `probe` (the frozen probe) are not loaded
+here: a training command would wait more than a second for libraries that it never asks.
+`score.compare` (two systems on one split) has the name of a module, and stays there.
 """
 
 from lowrank.evaluate.metrics import STANDARD as STANDARD
@@ -11,7 +11,6 @@ from lowrank.evaluate.metrics import Rows as Rows
 from lowrank.evaluate.metrics import Tally as Tally
 from lowrank.evaluate.metrics import metric_values as metric_values
 from lowrank.evaluate.score import Predictions as Predictions
-from lowrank.evaluate.score import compare as compare
 from lowrank.evaluate.score import numbers as numbers
 from lowrank.evaluate.score import report as report
 from lowrank.evaluate.score import score as score

@@ -222,6 +222,11 @@ def read(config: Mapping[str, Any]) -> Settings:
             f"penalty.{settings.penalty.named[0]} weighs corrections, and delta="
             f"{settings.delta['name']} makes none: set penalty=none"
         )
+    if settings.optim.b_ratio != 1 and settings.delta["name"] in ("head", "full"):
+        raise BadInput(
+            f"optim.b_ratio = {settings.optim.b_ratio:g} is for the factors of a "
+            f"correction, and delta={settings.delta['name']} makes none: leave it at 1"
+        )
     if settings.batching.batch_size % settings.optim.accumulate:
         raise BadInput(
             f"optim.accumulate = {settings.optim.accumulate} does not divide "

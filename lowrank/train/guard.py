@@ -1,9 +1,12 @@
 """Watches for what may end a run early: signals and numbers that are not finite."""
 
+import _thread
 import contextlib
 import logging
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -11,6 +14,9 @@ from lowrank.core.errors import PREEMPTED, BadInput, NonFinite, Preempted
 from lowrank.core.spec import spec
 
 logger = logging.getLogger(__name__)
+
+#: Seconds after which a stop that was lost comes again.
+_AGAIN = 0.05
 
 
 class StopSignal:
@@ -66,21 +72,36 @@ def interruptible() -> Iterator[None]:
       Preempted: A signal came.
     """
     received: list[str] = []
+    lost: list[BaseException] = []
 
     def handle(number: int, frame: object) -> None:
         del frame
-        if received:
+        if received and not lost:
             os._exit(PREEMPTED)
+        lost.clear()
         received.append(signal.Signals(number).name)
         # Not an `Exception`: nothing that shrugs off errors may swallow it.
         raise KeyboardInterrupt(f"stopped by {received[0]}")
 
+    def insist(unraisable: Any) -> None:
+        # Where the garbage collector calls back, as it does jax, or a finalizer runs,
+        # Python lets no exception out. Once that is over, the signal comes again.
+        if not received or not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            return hook(unraisable)
+        lost.append(unraisable.exc_value)
+        again = threading.Timer(_AGAIN, _thread.interrupt_main, [signal.SIGTERM])
+        again.daemon = True
+        again.start()
+
+    hook = sys.unraisablehook
     before: dict[int, Any] = {}
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             # Outside the main thread the caller's handlers stay.
             with contextlib.suppress(ValueError):
                 before[number] = signal.signal(number, handle)
+        if before:
+            sys.unraisablehook = insist
         yield
     except KeyboardInterrupt as stop:
         raise Preempted(
@@ -90,6 +111,8 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if before:
+            sys.unraisablehook = hook
 
 
 @spec

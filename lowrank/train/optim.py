@@ -38,8 +38,8 @@ class AdamW:
       b_ratio: Learning rate of the factors along the outputs, over `lr`: LoRA+ (Hayou
         et al. 2024, arXiv:2402.12354), where it is 16 or so. The whole update of b is
         so many times as large, its decay included. Unlike the paper's code, this knows
-        b by its axes and not by its name, so that no vector is taken for one, and has
-        no rate apart for embeddings.
+        b by its axes and not by its name, so that a bias is never taken for one; and
+        embeddings have no rate of their own.
     """
 
     lr: float = 2e-3

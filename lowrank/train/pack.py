@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 #: On a CPU, trials run side by side as long as their batches have no more entries
 #: (tokens) together; beyond that they take turns within the compiled step. Products are
 #: then large enough for all cores, and what lies between them only outgrows the caches:
-#: without turns, a step of 16 trials of 2048 tokens took 1.19 times as long as 16 steps
-#: of one, and 16 times its temporaries (`make bench-sweep` draws the curve).
+#: side by side, 16 trials of 2048 tokens hold 16 times the temporaries of one and are
+#: no faster for it. In turns they take 16 times as long as one (`make bench-sweep`).
 ENTRIES_AT_ONCE = 6144
 #: What the step does not read goes around it: no batching, no copies.
 _UNTOUCHED = ("best", "best_value", "best_step", "ranks")

@@ -9,6 +9,7 @@ from lowrank.core.errors import BadInput
 from lowrank.cost.count import (
     count_parameters,
     jaxpr_flops,
+    jaxpr_products,
     lora_flops,
     lora_flops_per_token,
     lora_parameters,
@@ -90,6 +91,24 @@ def test_a_scan_counts_as_often_as_it_runs_and_the_compiler_counts_it_once():
     assert got.flops == LAYERS * PRODUCT
     compiled = jax.jit(stack).lower(*STACK).compile()
     assert compiled.cost_analysis()["flops"] < 3 * PRODUCT
+
+
+def test_products_are_told_apart_and_counted():
+    """A scan's by its length; what no output needs is none."""
+
+    def program(w, x):
+        x @ jnp.ones((WIDTH, 3))
+        nothing = x @ jnp.ones((WIDTH, 0)) @ jnp.ones((0, WIDTH))
+        x, _ = lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)
+        return (x @ w[0] + nothing) @ jnp.ones((WIDTH, 2))
+
+    found = jaxpr_products(jax.jit(program), *STACK)
+    assert {p.rhs.shape: n for p, n in found.items()} == {
+        (WIDTH, WIDTH): LAYERS + 1,
+        (WIDTH, 2): 1,
+    }
+    total = sum(n * product.flops for product, n in found.items())
+    assert total == jaxpr_flops(program, *STACK).flops
 
 
 def test_scans_within_scans_and_batches_multiply():

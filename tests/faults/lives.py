@@ -138,14 +138,15 @@ def _plant(fault):
     if fault.delay is None:
         _before(fault.place, lambda call: act() if call == fault.call else None)
         return
-    timer = threading.Timer(fault.delay, act)
+    # Whoever takes it strikes: the timer, or the last moment at which it makes sense.
+    once = threading.Lock()
+    strike = lambda: act() if once.acquire(blocking=False) else None
+    timer = threading.Timer(fault.delay, strike)
     timer.daemon = True
 
     def hasten(call):
-        # Alive: begun, and not struck yet.
-        if timer.is_alive():
-            timer.cancel()
-            act()
+        if timer.ident is not None:
+            strike()
 
     _before(fault.place, lambda call: timer.start() if call == fault.call else None)
     for place in LATEST:

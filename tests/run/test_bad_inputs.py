@@ -52,6 +52,7 @@ def refused(world, tmp_path, *overrides, code=BAD_INPUT):
         (["+delta.aplha=3"], "'alpha'"),
         (["delta=head", "+delta.rank=3"], "delta=head takes no rank"),
         (["delta=head", "penalty.drift=1"], "penalty.drift weighs corrections, and"),
+        (["delta=full", "optim.b_ratio=16"], "optim.b_ratio = 16 is for the factors"),
         (["penalty.drift=-1"], "penalty.drift = -1 is out of range"),
         (["penalty.frobenius=much"], "penalty: Penalties.frobenius must be float"),
         (["optim.lr=abc"], "AdamW.lr must be float, not 'abc'"),

@@ -1,13 +1,16 @@
 """Early ends: what a policy decides, what it says, and who keeps the signals."""
 
+import gc
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
 from lowrank.core.errors import NON_FINITE, PREEMPTED, BadInput, NonFinite, Preempted
-from lowrank.train.guard import NonFinitePolicy, StopSignal
+from lowrank.train.guard import NonFinitePolicy, StopSignal, interruptible
 
 
 def test_halt_is_the_default_and_names_step_trial_and_remedy():
@@ -60,3 +63,50 @@ def test_handlers_are_put_back_after_an_error():
         raise Preempted("stopped")
     assert signal.getsignal(signal.SIGTERM) == before
     assert raised.value.exit_code == PREEMPTED == 75
+
+
+def in_the_collector(act):
+    """Calls `act` where Python lets no exception out."""
+
+    def callback(phase, info):
+        if phase == "start":
+            gc.callbacks.remove(callback)
+            act()
+            time.sleep(0)  # Where a handler runs.
+
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+def lose_a_stop(over):
+    """Has the collector swallow a SIGTERM, and waits for what becomes of it."""
+    in_the_collector(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    end = time.monotonic() + 10
+    while not over() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_stop_that_the_garbage_collector_swallows_comes_again():
+    """jax hangs a callback on it: a signal that came there was lost for good."""
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    with pytest.raises(Preempted, match="SIGTERM"), interruptible():
+        lose_a_stop(over=lambda: False)
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+
+
+def test_a_stop_lost_just_before_training_is_a_request_to_stop_there():
+    with interruptible():
+        in_the_collector(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with StopSignal() as stop:
+            lose = time.monotonic() + 10
+            while not stop.received and time.monotonic() < lose:
+                time.sleep(0.01)
+    assert stop.received == "SIGTERM"
+
+
+def test_what_else_is_swallowed_is_told_as_before(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    with interruptible():
+        in_the_collector(lambda: 1 / 0)
+    assert [type(one.exc_value) for one in told] == [ZeroDivisionError]
