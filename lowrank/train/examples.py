@@ -6,15 +6,17 @@ With l_n the loss of example n alone, summed over its targets, and g_j a gate,
     gate_fisher_j   = sum_n (dl_n/dg_j)^2 / #{n: w_n > 0}
 
 the gradient of the batch's mean loss, and the diagonal of the gates' empirical Fisher
-information. A model runs on each example by itself, mapped over all of them, so nothing
-is asked of how it lays out its batch. It costs a pass forward and one back through
-activations; gradients of weights are not formed, and per example and site max_rank
-numbers are held. Dropout is off: what is measured is the model that will be used.
+information, both over those rows that are measured. A model runs on each example by
+itself, mapped over all of them, so nothing is asked of how it lays out its batch. It
+costs a pass forward and one back through activations; gradients of weights are not
+formed, and per example and site max_rank numbers are held. Dropout is off: what is
+measured is the model that will be used.
 
 That is the sum over a batch only for a model that treats examples apart, without
 batch statistics or losses that compare them. `check_examples_apart` finds out.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,15 +33,22 @@ from lowrank.train.losses import Loss
 TOLERANCE = 1e-2
 #: Examples that the check is made on.
 _CHECKED = 4
+#: Of so many rows of a batch one is measured: at one batch in five, a measurement then
+#: costs less than a twentieth of the steps (`experiments.bench.ranks`).
+ONE_IN = 4
 
 
-def gauge(model: Callable[..., Any], loss: Loss, accumulate: int = 1) -> Callable:
+def gauge(
+    model: Callable[..., Any], loss: Loss, accumulate: int = 1, one_in: int = ONE_IN
+) -> Callable:
     """Builds (frozen, trained, dials, constants, batch) -> both signals, by path.
 
     Args:
       model: The adapted model: (frozen, trained, batch, dials=, key=) -> outputs.
       loss: What is minimized, as sums.
       accumulate: Parts that a batch is measured in, to hold fewer activations.
+      one_in: Of so many rows one is measured. A batch is drawn at random, so that is a
+        smaller batch, at a fraction of the cost.
     """
 
     def measure(
@@ -71,11 +80,14 @@ def gauge(model: Callable[..., Any], loss: Loss, accumulate: int = 1) -> Callabl
             squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g), axis=0), each)
             return total, squares, jnp.sum(weight), jnp.sum(real.astype(jnp.float32))
 
-        if accumulate == 1:
-            found = of_part(batch)
+        # Each device that holds rows of the batch measures some of its own.
+        rows = {name: x[::one_in] for name, x in batch.items()}
+        in_parts = math.gcd(accumulate, next(iter(rows.values())).shape[0])
+        if in_parts == 1:
+            found = of_part(rows)
         else:
-            cut = lambda x: x.reshape(accumulate, -1, *x.shape[1:])
-            parts = jax.lax.map(of_part, {n: cut(x) for n, x in batch.items()})
+            cut = lambda x: x.reshape(in_parts, -1, *x.shape[1:])
+            parts = jax.lax.map(of_part, {n: cut(x) for n, x in rows.items()})
             found = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
         total, squares, weight, count = found
         over = lambda tree, by: jax.tree.map(lambda x: x / jnp.maximum(by, 1e-9), tree)

@@ -47,9 +47,9 @@ def loss_of(world, batch):
     return jax.jit(loss), {path: own["gate"] for path, own in dials.items()}
 
 
-def measured(world, batch, accumulate=1):
+def measured(world, batch, accumulate=1, one_in=1):
     adapted, *trees = world
-    run = gauge(toy.model_of(adapted), cross_entropy, accumulate)
+    run = gauge(toy.model_of(adapted), cross_entropy, accumulate, one_in)
     return jax.jit(run)(*trees, CONSTANTS, toy.on_device(batch))
 
 
@@ -83,6 +83,17 @@ def test_the_gate_fisher_is_a_loop_over_examples(world, accumulate):
             np.testing.assert_allclose(
                 found[name][path], sums[path] / 6, rtol=1e-4, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_one_row_in_so_many_is_measured(world, accumulate):
+    batch = toy.batch(5, padding=3)
+    few = {name: x[::3] for name, x in batch.items()}
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
+        measured(world, batch, accumulate, one_in=3),
+        measured(world, few),
+    )
 
 
 def test_padding_without_a_number_is_silent(world):
