@@ -343,6 +343,19 @@ def test_fixed_ranks_are_what_they_say():
     assert sorted(moved[3:]) == [4, 5, 6]
 
 
+def test_a_ramp_of_a_budget_in_parameters_is_a_ramp_of_ranks():
+    """Ranks of 1 to 3, dear or cheap; were they weighed by cost, they would be 1:12."""
+    for costs in ((10, 40), (40, 10), (10, 10)):
+        sites = [
+            Competitor(path=f"l{i}", max_rank=40, cost=cost, ranks=2)
+            for i, cost in enumerate(costs)
+        ]
+        budget = 4 * (costs[0] + 3 * costs[1])
+        ramp = allocator("ramp", budget=budget, unit="parameters")
+        found = ramp.on(Slots(sites), STEPS).constants["ranks"]
+        assert found.tolist() == [4, 12]
+
+
 def test_a_budget_of_parameters_is_kept_in_parameters():
     slots = Slots(
         [
