@@ -192,6 +192,14 @@ class Slots:
         each = np.ones_like(self.cost) if unit == "components" else self.cost
         return self.by_group(each, np.add)
 
+    def each(self, unit: Unit) -> np.ndarray:
+        """What a component counts, the mean over the layers of each group.
+
+        The counterpart of a seat's value, which is a mean too: their quotient is what a
+        group gains over what it counts, however many layers it ties.
+        """
+        return self.price(unit) / self.members
+
     def spent(self, ranks: np.ndarray, unit: Unit) -> int:
         """What ranks, one per layer, count."""
         return int((ranks * (1 if unit == "components" else self.cost)).sum())
