@@ -184,7 +184,7 @@ class Allocation:
         importance = IMPORTANCES[program.importance]
         own, is_open = memory["importance"], gates != 0
         values = importance.values(
-            slots, own, constants, jax.random.fold_in(key, jnp.asarray(step))
+            slots, own, gates, constants, jax.random.fold_in(key, jnp.asarray(step))
         )
         values = jnp.where(is_open, values, 0)
         sound = jnp.all(jnp.isfinite(values)) & importance.ready(own)

@@ -49,9 +49,12 @@ class Importance(abc.ABC):
 
     @abc.abstractmethod
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        """The importance of every component."""
+        """The importance of every open component; of shut ones anything.
+
+        What shut ones hold, however recently they died, must not reach open ones.
+        """
 
     @abc.abstractmethod
     def ready(self, memory: Memory) -> Bool[Array, ""]:
@@ -119,9 +122,9 @@ class Sensitivity(Importance):
         return {"mean": mean, "deviation": deviation, "count": memory["count"] + 1}
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        del constants, key
+        del gates, constants, key
         product = jax.tree.map(jnp.multiply, memory["mean"], memory["deviation"])
         found = {}
         for one in slots.competitors:
@@ -186,9 +189,9 @@ class Smoothed(OfOneSignal):
         return {**memory, "mean": mean, "count": memory["count"] + 1}
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        del slots, key
+        del slots, gates, key
         return jnp.abs(corrected(memory["mean"], memory["count"], constants["decay"]))
 
     def ready(self, memory: Memory) -> Bool[Array, ""]:
@@ -201,7 +204,7 @@ class Smoothed(OfOneSignal):
 
 
 class EffectiveRank(Smoothed):
-    """e_l n_j / sum of n over the layer: effective rank, shared out by norms.
+    """e_l n_j / sum of n over the layer's open components: effective rank, shared out.
 
     The sum over a layer is its effective rank, so that `proportional` gives ranks in
     proportion to it, and within a layer the largest components come first. It does not
@@ -233,11 +236,13 @@ class EffectiveRank(Smoothed):
         return {**memory, "used": used}
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        sizes = super().values(slots, memory, constants, key)
+        sizes = super().values(slots, memory, gates, constants, key)
         used = corrected(memory["used"], memory["count"], constants["decay"])
-        total = slots.per_layer(sizes)[slots.layer]
+        # What died is still remembered: it would hold back a share of its layer, which
+        # would lose again for having lost.
+        total = slots.per_layer(jnp.where(gates != 0, sizes, 0))[slots.layer]
         return used * sizes / jnp.where(total > 0, total, 1)
 
 
@@ -258,9 +263,9 @@ class Latest(OfOneSignal):
         return {"value": new, "count": memory["count"] + 1}
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        del slots, constants, key
+        del slots, gates, constants, key
         # Not `maximum`, which says nothing of a NaN on some devices.
         return jnp.where(memory["value"] < 0, 0, memory["value"])
 
@@ -288,9 +293,9 @@ class Random(Importance):
         return memory
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        del memory, constants
+        del memory, gates, constants
         draw = lambda one: jax.random.uniform(
             key_for(key, "allocate", one.path), (*one.stack, one.max_rank)
         )

@@ -42,10 +42,12 @@ def factors_of(slots, rng):
     }
 
 
-def signals_of(slots, rng, needs):
+def signals_of(slots, rng, needs, gates):
+    """Drawn at random, but a component that is shut has no norm."""
     flat = lambda: jnp.asarray(rng.gamma(1.0, size=slots.num_components), jnp.float32)
     given = {name: flat() for name in SIGNALS}
     given |= {"factors": factors_of(slots, rng), "gradients": factors_of(slots, rng)}
+    given["norms"] = given["norms"] * gates
     return {name: given[name] for name in needs}
 
 
@@ -56,7 +58,7 @@ def simulate(allocation, seed=0, check=lambda *_: None):
     memory = allocation.init(factors_of(slots, rng))
     gates = allocation.gates(constants)
     if not allocation.measure_every:
-        given = signals_of(slots, rng, allocation.needs)
+        given = signals_of(slots, rng, allocation.needs, gates)
         memory = allocation.observe(memory, given, 0, constants)
     event, observe = jax.jit(allocation.event), jax.jit(allocation.observe)
     for step in range(STEPS):
@@ -65,6 +67,6 @@ def simulate(allocation, seed=0, check=lambda *_: None):
             gates, memory = event(memory, gates, step, KEY, constants)
             check(step, before, gates, memory)
         if allocation.measures(step, constants):
-            given = signals_of(slots, rng, allocation.needs)
+            given = signals_of(slots, rng, allocation.needs, gates)
             memory = observe(memory, given, step, constants)
         yield step, gates, memory

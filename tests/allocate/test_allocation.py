@@ -198,6 +198,21 @@ def test_importance_that_is_no_number_moves_nothing_and_says_so(value):
     assert new.sum() == 8
 
 
+@pytest.mark.parametrize("left", [1.0, np.nan], ids=["remembered", "no number"])
+def test_a_layer_that_has_shrunk_does_not_lose_for_it(left):
+    """Four alike that use their two directions equally: what two lost plays no part."""
+    allocation = allocator("effective_rank").on(equal(LAYERS), STEPS)
+    constants = allocation.constants
+    norms = jnp.array([[1, 1, left, left]] * 2 + [[1, 1, 0, 0]] * 2, jnp.float32)
+    given = {"norms": norms.ravel(), "spectrum": jnp.tile(jnp.array([1.0, 1, 0, 0]), 4)}
+    memory = allocation.observe(allocation.init(), given, 0, constants)
+    gates = allocation.gates(constants)
+    np.testing.assert_array_equal(gates.reshape(4, 4), [[1, 1, 0, 0]] * 4)
+    new, memory = allocation.event(memory, gates, 9, KEY, constants)
+    assert memory["sound"]
+    assert ranks_of(allocation.slots, new).tolist() == [2, 2, 2, 2]
+
+
 def test_an_event_before_any_measurement_is_not_sound():
     allocation = allocator("fisher").on(equal(LAYERS), STEPS)
     gates = allocation.gates(allocation.constants)
