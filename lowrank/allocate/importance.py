@@ -79,13 +79,21 @@ class Sensitivity(Importance):
     w and gradient belong to the same step, as in the paper, where the code multiplies
     the gradient with the weights after the update; and in that the penalty's gradient
     and the clipping of gradients do not leak in. As there, the averages start at zero
-    and are not corrected for it, which scales all components alike.
+    and are not corrected for it, which scales all components alike: but only while
+    all are of one age. So S of a component born later is multiplied by
+
+        (1 - beta1^N) (1 - beta2^N) / ((1 - beta1^n) (1 - beta2^n))
+
+    with n its measurements and N those of the oldest. Where nothing is born, that is
+    one, and S the paper's. What is left errs in favor of the young, whose deviations
+    are from an average that knows little yet: Ubar is there to keep what is uncertain.
+    After a dozen measurements little of it remains.
 
     A factor counts if its axes begin with (*stack, max_rank).
     """
 
     signals = frozenset({"factors", "gradients"})
-    memory = "two numbers per entry of the factors"
+    memory = "two numbers per entry of the factors, one per component"
 
     def init(self, slots: Slots, factors: Mapping[str, Any] | None) -> Memory:
         if factors is None:
@@ -97,7 +105,8 @@ class Sensitivity(Importance):
             path: {name: jnp.zeros(x.shape, jnp.float32) for name, x in own.items()}
             for path, own in _counted(slots, factors).items()
         }
-        return {"mean": zeros, "deviation": zeros, "count": jnp.int32(0)}
+        count = jnp.zeros(slots.num_components, jnp.int32)
+        return {"mean": zeros, "deviation": zeros, "count": count}
 
     def observe(
         self, slots: Slots, memory: Memory, signals: Signals, constants: Constants
@@ -124,7 +133,7 @@ class Sensitivity(Importance):
     def values(
         self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        del gates, constants, key
+        del gates, key
         product = jax.tree.map(jnp.multiply, memory["mean"], memory["deviation"])
         found = {}
         for one in slots.competitors:
@@ -133,10 +142,13 @@ class Sensitivity(Importance):
             for part in product[one.path].values():
                 total += jnp.mean(part, axis=tuple(range(len(shape), part.ndim)))
             found[one.path] = total
-        return slots.flat(found)
+        count, values = memory["count"], slots.flat(found)
+        for decay in (constants["decay"], constants["deviation_decay"]):
+            values = values * _caught_up(count, decay)
+        return values
 
     def ready(self, memory: Memory) -> Bool[Array, ""]:
-        return memory["count"] > 0
+        return jnp.any(memory["count"] > 0)
 
     def forget(self, slots: Slots, memory: Memory, born: Bool[Array, "..."]) -> Memory:
         masks = slots.parts(born.astype(jnp.float32))
@@ -147,8 +159,11 @@ class Sensitivity(Importance):
                 for path, p in own.items()
             }
 
-        changed = {name: clean(memory[name]) for name in ("mean", "deviation")}
-        return {**memory, **changed}
+        return {
+            "mean": clean(memory["mean"]),
+            "deviation": clean(memory["deviation"]),
+            "count": jnp.where(born, 0, memory["count"]),
+        }
 
 
 class OfOneSignal(Importance):
@@ -312,6 +327,16 @@ def corrected(
     """An exponential mean that started at zero, as a mean of what it has seen."""
     seen = 1 - decay ** count.astype(jnp.float32)
     return jnp.where(count > 0, mean / jnp.where(count > 0, seen, 1), 0)
+
+
+def _caught_up(
+    count: Int[Array, " components"], decay: Array
+) -> Float[Array, " components"]:
+    """Factors that make up for averages that started at zero later than the oldest."""
+    seen = 1 - decay ** count.astype(jnp.float32)
+    return jnp.where(
+        count > 0, jnp.max(seen, initial=0) / jnp.where(count > 0, seen, 1), 0
+    )
 
 
 def _counted(slots: Slots, factors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -114,6 +114,47 @@ def test_sensitivity_fades_as_its_rate_says_and_forgets_at_birth():
     np.testing.assert_array_equal(young, np.where(born, 0, values))
 
 
+@pytest.mark.parametrize(("since", "most"), [(1, 3.5), (4, 1.8), (12, 1.2)])
+def test_the_sensitivity_of_a_newborn_is_at_least_that_of_an_equal(since, most):
+    """Uncorrected, it is a seventh after one measurement, a half after four."""
+    slots, rng = equal(64, max_rank=2), np.random.default_rng(2)
+    importance = IMPORTANCES["sensitivity"]
+    w = factors_of(slots, rng)
+    memory = importance.init(slots, w)
+    observe = jax.jit(lambda m, g: importance.observe(
+        slots, m, {"factors": w, "gradients": g}, CONSTANTS))  # fmt: skip
+    born = jnp.asarray(slots.position == 1)
+    for step in range(40 + since):
+        if step == 40:
+            memory = importance.forget(slots, memory, born)
+        # All components alike: no gradient has to do with whose it is.
+        memory = observe(memory, factors_of(slots, rng))
+    values = importance.values(slots, memory, opened(slots), CONSTANTS, KEY)
+    assert 0.9 < values[born].mean() / values[~born].mean() < most
+    # One with no measurement yet says nothing.
+    memory = importance.forget(slots, memory, born)
+    values = importance.values(slots, memory, opened(slots), CONSTANTS, KEY)
+    assert not values[born].any()
+    assert (values[~born] > 0).all()
+
+
+def test_the_old_keep_the_paper_s_sensitivity_where_others_are_born():
+    slots, rng = equal(2, max_rank=2), np.random.default_rng(3)
+    importance = IMPORTANCES["sensitivity"]
+    w, gradients = factors_of(slots, rng), [factors_of(slots, rng) for _ in range(6)]
+    born = jnp.array([False, True, False, False])
+    found = []
+    for forgets in (False, True):
+        memory = importance.init(slots, w)
+        for step, g in enumerate(gradients):
+            if forgets and step == 3:
+                memory = importance.forget(slots, memory, born)
+            given = {"factors": w, "gradients": g}
+            memory = importance.observe(slots, memory, given, CONSTANTS)
+        found.append(importance.values(slots, memory, opened(slots), CONSTANTS, KEY))
+    np.testing.assert_array_equal(found[0][~born], found[1][~born])
+
+
 def test_sensitivity_needs_the_factors():
     with pytest.raises(BadInput, match="pass the trained tree"):
         IMPORTANCES["sensitivity"].init(equal(1), None)
