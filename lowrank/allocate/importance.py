@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lowrank.allocate.signals import effective_rank
 from lowrank.allocate.slots import Slots
+from lowrank.allocate.transitions import over
 from lowrank.core.arrays import Key
 from lowrank.core.errors import BadInput
 from lowrank.core.keys import key_for
@@ -152,11 +153,12 @@ class Sensitivity(Importance):
 
     def forget(self, slots: Slots, memory: Memory, born: Bool[Array, "..."]) -> Memory:
         masks = slots.parts(born.astype(jnp.float32))
+        blank = lambda mask, x: jnp.where(over(mask != 0, x), 0, x)
 
         def clean(own: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
             return {
-                path: {n: jnp.where(_onto(masks[path], x), 0, x) for n, x in p.items()}
-                for path, p in own.items()
+                path: {name: blank(masks[path], x) for name, x in part.items()}
+                for path, part in own.items()
             }
 
         return {
@@ -347,11 +349,6 @@ def _counted(slots: Slots, factors: Mapping[str, Any]) -> dict[str, dict[str, An
         own = factors[one.path]
         found[one.path] = {n: x for n, x in own.items() if x.shape[: len(lead)] == lead}
     return found
-
-
-def _onto(mask: Array, x: Array) -> Array:
-    """A mask of shape (*stack, max_rank), as booleans over all axes of a factor."""
-    return (mask != 0).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
 
 
 IMPORTANCES: Mapping[str, Importance] = {
