@@ -31,6 +31,7 @@ Name = Literal[
     "ablation",
     "random",
 ]
+Normaliser = Literal["none", "cost", "layer"]
 Selector = Literal["top", "proportional", "grow", "swap", "variance"]
 Shape = Literal["constant", "linear", "cubic", "late_cubic", "cosine", "staircase"]
 
@@ -84,7 +85,7 @@ class Adaptive(Allocator):
     )
 
     importance: Name = "fisher"
-    normaliser: Literal["none", "cost", "layer"] | None = None
+    normaliser: Normaliser | None = None
     selector: Selector = "top"
     schedule: Shape = "cubic"
     unit: Unit = "components"

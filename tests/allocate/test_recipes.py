@@ -1,11 +1,18 @@
 """Recipes do what their papers say, and what does not go together is refused."""
 
+from typing import get_args
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from layouts import equal, ranks_of
 from simulated import ADAPTIVE, KEY, LAYERS, NAMED, STEPS, allocator, simulate
 
+from lowrank.allocate import recipes
+from lowrank.allocate.importance import IMPORTANCES
+from lowrank.allocate.normalisers import NORMALISERS
+from lowrank.allocate.schedules import SHAPES, STAIRCASE
+from lowrank.allocate.selectors import GAINING, SELECTORS
 from lowrank.allocate.slots import Competitor, Slots
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.core.spec import digest
@@ -176,3 +183,22 @@ def test_recipes_are_compositions_and_hash_as_what_they_say():
     assert digest(crossed) != digest(allocator("adalora"))
     with pytest.raises(UnknownName, match="Nearest: 'adalora'"):
         allocator("adalore")
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (recipes.Name, IMPORTANCES),
+        (recipes.Normaliser, NORMALISERS),
+        (recipes.Selector, SELECTORS),
+        (recipes.Shape, [*SHAPES, STAIRCASE]),
+    ],
+    ids=["importance", "normaliser", "selector", "schedule"],
+)
+def test_a_config_may_name_what_there_is_and_nothing_else(names, table):
+    """A type cannot be read off a table, so its names stand twice, in one order."""
+    assert list(get_args(names)) == [*table]
+
+
+def test_what_gains_is_a_selector():
+    assert {*SELECTORS} > GAINING
