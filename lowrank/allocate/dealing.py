@@ -110,8 +110,8 @@ def shuffle(slots: Slots, ranks: np.ndarray, seed: int) -> np.ndarray:
     that every budget stays what it is.
 
     Raises:
-      BadInput: All permutations within the bounds leave the ranks as they are, or none
-        was found within them: the control would be none.
+      BadInput: Of the permutations tried, none moves a rank and keeps every layer
+        within its bounds: there would be no control.
     """
     own = slots.by_group(ranks, np.minimum)
     low, high = slots.group_bounds(slots.least, slots.most)
