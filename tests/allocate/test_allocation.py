@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from layouts import best, equal, ranks_of
-from simulated import KEY, LAYERS, STEPS, allocator, factors_of, simulate
+from simulated import (
+    KEY,
+    LAYERS,
+    STEPS,
+    allocator,
+    factors_of,
+    signals_of,
+    simulate,
+)
 from test_importance import adalora
 
 from lowrank.allocate.allocation import events, pack
@@ -164,17 +172,53 @@ def test_a_run_is_compiled_once():
     assert event._cache_size() == 1
 
 
-def test_a_run_that_is_resumed_has_identical_gates():
+def kept_as_numbers(tree):
+    """What a checkpoint holds of a tree: its leaves as NumPy arrays, in order."""
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def read_as(tree, leaves):
+    """The leaves in the structure of a tree that was made anew."""
+    fresh, structure = jax.tree.flatten(tree)
+    assert [(x.shape, x.dtype) for x in fresh] == [(x.shape, x.dtype) for x in leaves]
+    return structure.unflatten([jnp.asarray(x) for x in leaves])
+
+
+@pytest.mark.parametrize("name", ["fisher", "effective_rank", "adalora", "random"])
+def test_a_run_that_is_resumed_has_identical_gates(name):
     """G6 as far as it is pure: what goes on is the memory, the gates and the step."""
-    allocation = allocator("random").on(equal(LAYERS), STEPS)
-    whole = [(g, m) for _, g, m in simulate(allocation)]
-    gates, memory = whole[12]
-    for step in range(13, STEPS):
-        if allocation.due(step, allocation.constants):
-            gates, memory = allocation.event(
-                memory, gates, step, KEY, allocation.constants
-            )
-        np.testing.assert_array_equal(gates, whole[step][0])
+    slots, rng = equal(LAYERS), np.random.default_rng(4)
+    factors = factors_of(slots, rng)
+    needs = allocator(name).on(slots, STEPS).needs
+    every = jnp.ones(slots.num_components)
+    seen = [signals_of(slots, rng, needs, every) for _ in range(STEPS)]
+
+    def run(memory, gates, first, last):
+        # A resumed run makes its allocator anew, from the config.
+        allocation = allocator(name).on(slots, STEPS)
+        constants = allocation.constants
+        memory = allocation.init(factors) if memory is None else memory
+        gates = allocation.gates(constants) if gates is None else gates
+        course = []
+        for step in range(first, last):
+            if allocation.due(step, constants):
+                gates, memory = allocation.event(memory, gates, step, KEY, constants)
+            if allocation.measures(step, constants):
+                memory = allocation.observe(memory, seen[step], step, constants)
+            course += [gates, memory["kept"]]
+        return memory, gates, np.array(course)
+
+    # Between events, with measurements since the last one.
+    memory, gates, _ = run(None, None, 0, 12)
+    whole = run(memory, gates, 12, STEPS)
+    fresh = allocator(name).on(slots, STEPS).init(factors)
+    again = read_as(fresh, kept_as_numbers(memory)), jnp.asarray(np.array(gates))
+    resumed = run(*again, 12, STEPS)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    lost = {**memory, "importance": fresh["importance"]}
+    forgetful = run(lost, gates, 12, STEPS)
+    decides = (forgetful[-1] != whole[-1]).any()
+    assert decides == bool(needs), "else the memory would not be tested"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
