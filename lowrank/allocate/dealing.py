@@ -28,8 +28,8 @@ def deal(
     The largest remainders of `selectors.proportional`, in fractions and whatever layers
     count: the quota of a group of tied layers is clip(x w, least, most), with w their
     mean weight and x such that the budget is used up; components with the smallest
-    rank - quota are dealt first. Met exactly where all components count the same, else
-    not exceeded, with less left than any further one would count.
+    rank - quota are dealt first. Never exceeded, with less left than any further one
+    would count: so met exactly where a component of each group counts one.
 
     Raises:
       BadInput: The budget is out of reach.

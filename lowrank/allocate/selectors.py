@@ -35,7 +35,8 @@ class Contest(NamedTuple):
       slots: The layout.
       unit: What the budget counts.
       seats: The components in order, from `ranking.seats`.
-      budget: To be met exactly where all seats count the same, else not exceeded.
+      budget: Not to be exceeded; met exactly where every seat counts one, except by
+        `variance`, which may ask for less.
       least, most: Bounds of each group's rank.
       moves: Components that may change places in one event; for `swap`.
       pool: Components of each layer that may; for `swap`.
@@ -98,8 +99,8 @@ def proportional(contest: Contest) -> Int[Array, " groups"]:
     component counts and x such that quotas use the budget up; of tied layers, w and c
     are means, so that their number does not lower their ranks. Rounded down, and the
     rest given to the largest remainders (Hamilton's method), so that |r_l - q_l| < 1
-    and the total is exact. Both are one rule: the component that makes a rank r has
-    the key r - q_l, and the smallest keys win.
+    and, where every seat counts one, the total is exact. Both are one rule: the
+    component that makes a rank r has the key r - q_l, and the smallest keys win.
 
     With nothing of worth anywhere, all are worth the same.
     """

@@ -20,7 +20,7 @@ from test_importance import adalora
 
 from lowrank.allocate.allocation import events, pack
 from lowrank.allocate.catalogue import CATALOGUE
-from lowrank.allocate.slots import Slots
+from lowrank.allocate.slots import Competitor, Slots
 from lowrank.core.errors import BadInput
 
 
@@ -38,6 +38,33 @@ def test_what_is_open_is_the_budget_at_every_step(name):
     assert spent[-1] == 2 * LAYERS
     assert set(np.unique(np.asarray(gates))) <= {0.0, 1.0}
     assert allocation.average_forward_budget() == pytest.approx(np.mean(spent))
+
+
+@pytest.mark.parametrize("name", ["fisher", "adalora", "growth", "effective_rank"])
+@pytest.mark.parametrize("alone", [0, 1], ids=["pairs", "pairs and one alone"])
+def test_a_budget_of_tied_layers_is_not_exceeded(name, alone):
+    """At most the budget is open, with less left than a pair counts."""
+    sites = [
+        Competitor(path=f"l{i}", max_rank=4, cost=8, ranks=2, group=f"pair {i % 2}")
+        for i in range(4)
+    ] + [Competitor(path="o", max_rank=4, cost=8, ranks=2)] * alone
+    allocation = allocator(name, budget=7).on(Slots(sites), STEPS)
+    bounds, spent = [], []
+    for step, gates, memory in simulate(allocation):
+        bounds.append(int(allocation.forward_budget(step, allocation.constants)))
+        spent.append(int(gates.sum()))
+        ranks = ranks_of(allocation.slots, gates)
+        np.testing.assert_array_equal(ranks[:2], ranks[2:4])
+        assert memory["sound"]
+    left = np.array(bounds) - spent
+    assert (left >= 0).all()
+    assert (left < 2).all()
+    if not alone:
+        np.testing.assert_array_equal(left, np.array(bounds) % 2)
+        assert left[-1] == 1, "no pair fits into the last one"
+    average = allocation.average_forward_budget()
+    assert average == pytest.approx(np.mean(bounds))
+    assert np.mean(spent) <= average
 
 
 def test_revivable_losers_keep_their_gates_until_the_last_event():
@@ -265,6 +292,26 @@ def test_an_event_before_any_measurement_is_not_sound():
     )
     assert not memory["sound"]
     np.testing.assert_array_equal(new, gates)
+
+
+def test_what_is_measured_once_is_observed_before_the_loop():
+    """No step measures it, and EVA's one event is before the first of them."""
+    allocation = allocator("eva").on(equal(LAYERS), STEPS)
+    constants = allocation.constants
+    assert allocation.needs
+    assert allocation.measure_every == 0
+    steps = range(STEPS)
+    assert not any(allocation.measures(step, constants) for step in steps)
+    assert [step for step in steps if allocation.due(step, constants)] == [0]
+    given = {"variance": jnp.arange(16.0)}
+    gates = allocation.gates(constants)
+    for before, sound in ((True, True), (False, False)):
+        memory = allocation.init()
+        if before:
+            memory = allocation.observe(memory, given, 0, constants)
+        new, memory = allocation.event(memory, gates, 0, KEY, constants)
+        assert memory["sound"] == sound
+        assert (new != gates).any() == sound
 
 
 def test_measurements_stop_when_ranks_stand_still():
