@@ -5,15 +5,25 @@ numbers (budgets, dates, bounds, rates, first ranks) are constants, arrays that 
 hands back to every call. So trials that share a program are mapped over together,
 whatever their numbers, and all of it can be jitted:
 
-    memory = allocation.init(factors)
-    gates = allocation.gates(constants)             # open at the start
+    memory = init(factors)
+    gates = gates(constants)                        # open at the start
+    if needs and measure_every == 0:                # measured once: before any event
+        memory = observe(memory, signals, 0, constants)
     each step t:
-        if due(t):      gates, memory = event(memory, gates, t, key, constants)
+        if due(t, constants):
+            gates, memory = event(memory, gates, t, key, constants)
         train a step with these gates
-        if measures(t): memory = observe(memory, signals, t, constants)
+        if measures(t, constants):
+            memory = observe(memory, signals, t, constants)
+    if not memory["sound"]: raise                   # when results reach the host
 
-An event comes before the step it is named by, so budget(t) is what step t computes
-with. Its gates go to the dials, and `transitions` say what becomes of the factors.
+These are the allocation's methods and properties. An event comes before the step it is
+named by, so budget(t, constants) bounds what step t computes with. Its gates go to the
+dials, and `transitions` say what becomes of the factors.
+
+A budget is never exceeded. It is met exactly where one component more counts one: with
+unit=components and no ties. Of tied layers and of parameters less may be open, by less
+than what still had a claim counts; and the `variance` selector may ask for less.
 """
 
 import dataclasses
@@ -47,8 +57,8 @@ class Program:
       normaliser, selector: Names in their tables.
       unit: What budgets count.
       revivable: Whether losers keep their gates until the last event.
-      measure_every: Steps between two measurements; 0 if all is measured before the
-        first step.
+      measure_every: Steps between two measurements; 0 if what is needed is measured
+        once, before the first step and before any event.
     """
 
     importance: str | None = None
@@ -81,7 +91,7 @@ class Allocation:
 
     @property
     def measure_every(self) -> int:
-        """Steps between two measurements; 0: once, before the first step."""
+        """Steps between two measurements; 0: once, before the loop, if `needs` any."""
         return self.program.measure_every
 
     def check_available(self, available: Collection[str], where: str) -> None:
@@ -124,18 +134,18 @@ class Allocation:
         return at(constants["due"], step)
 
     def measures(self, step: Step, constants: Constants) -> Bool[Array, ""]:
-        """Whether what this step measures will be used."""
+        """Whether what this step measures will be used; never, if measured once."""
         if not self.measure_every:
             return jnp.bool_(False)
         step = jnp.asarray(step, jnp.int32)
         return (step % self.measure_every == 0) & (step < constants["end"])
 
     def budget(self, step: Step, constants: Constants) -> Int[Array, ""]:
-        """What is kept at this step: where all count the same, exactly so much."""
+        """The most that is kept at this step; without ties, in components: so much."""
         return at(constants["budget"], step)
 
     def forward_budget(self, step: Step, constants: Constants) -> Int[Array, ""]:
-        """What this step computes with: in revivable mode all, until the last event."""
+        """The most this step computes with: if revivable all, until the last event."""
         if not self.program.revivable:
             return self.budget(step, constants)
         step = jnp.where(jnp.asarray(step) < constants["end"], 0, step)
@@ -184,7 +194,7 @@ class Allocation:
         importance = IMPORTANCES[program.importance]
         own, is_open = memory["importance"], gates != 0
         values = importance.values(
-            slots, own, constants, jax.random.fold_in(key, jnp.asarray(step))
+            slots, own, gates, constants, jax.random.fold_in(key, jnp.asarray(step))
         )
         values = jnp.where(is_open, values, 0)
         sound = jnp.all(jnp.isfinite(values)) & importance.ready(own)
@@ -209,11 +219,15 @@ class Allocation:
         return new, {"importance": own, "kept": kept, "sound": memory["sound"] & sound}
 
     def average_budget(self) -> float:
-        """The mean of `budget` over the run's steps."""
+        """The mean of `budget` over the run's steps: the most that is kept on average.
+
+        With ties, or in parameters, a run may keep less: count its gates for what it
+        did keep.
+        """
         return schedules.average(self.constants["budget"])
 
     def average_forward_budget(self) -> float:
-        """The mean of `forward_budget` over the run's steps."""
+        """The mean of `forward_budget` over the run's steps, a bound like the other."""
         table = self.constants["budget"]
         if self.program.revivable:
             before = np.arange(len(table)) < self.constants["end"]

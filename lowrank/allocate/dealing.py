@@ -28,8 +28,8 @@ def deal(
     The largest remainders of `selectors.proportional`, in fractions and whatever layers
     count: the quota of a group of tied layers is clip(x w, least, most), with w their
     mean weight and x such that the budget is used up; components with the smallest
-    rank - quota are dealt first. Met exactly where all components count the same, else
-    not exceeded, with less left than any further one would count.
+    rank - quota are dealt first. Never exceeded, with less left than any further one
+    would count: so met exactly where a component of each group counts one.
 
     Raises:
       BadInput: The budget is out of reach.
@@ -110,8 +110,8 @@ def shuffle(slots: Slots, ranks: np.ndarray, seed: int) -> np.ndarray:
     that every budget stays what it is.
 
     Raises:
-      BadInput: All permutations within the bounds leave the ranks as they are, or none
-        was found within them: the control would be none.
+      BadInput: Of the permutations tried, none moves a rank and keeps every layer
+        within its bounds: there would be no control.
     """
     own = slots.by_group(ranks, np.minimum)
     low, high = slots.group_bounds(slots.least, slots.most)

@@ -101,10 +101,8 @@ class Ramp(Allocator):
         budget = self.budget
         if budget is None:
             budget = slots.spent(slots.ranks, self.unit)
-        # In components, so that a ramp of ranks is not bent by what layers cost.
+        # `deal` weighs ranks, whatever the budget counts: no cost bends the ramp.
         weights = dealing.ramp(slots, self.ratio)
-        if self.unit == "parameters":
-            weights = weights * slots.cost
         ranks = dealing.deal(slots, weights, budget, self.unit)
         return still(slots, ranks, num_steps, self.unit)
 

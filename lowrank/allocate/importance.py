@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lowrank.allocate import transitions
 from lowrank.allocate.signals import effective_rank
 from lowrank.allocate.slots import Slots
+from lowrank.allocate.transitions import draw, over
 from lowrank.core.arrays import Key
 from lowrank.core.errors import BadInput
 from lowrank.core.keys import key_for
@@ -50,9 +50,12 @@ class Importance(abc.ABC):
 
     @abc.abstractmethod
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        """The importance of every component."""
+        """The importance of every open component; of shut ones anything.
+
+        What shut ones hold, however recently they died, must not reach open ones.
+        """
 
     @abc.abstractmethod
     def ready(self, memory: Memory) -> Bool[Array, ""]:
@@ -77,13 +80,21 @@ class Sensitivity(Importance):
     w and gradient belong to the same step, as in the paper, where the code multiplies
     the gradient with the weights after the update; and in that the penalty's gradient
     and the clipping of gradients do not leak in. As there, the averages start at zero
-    and are not corrected for it, which scales all components alike.
+    and are not corrected for it, which scales all components alike: but only while
+    all are of one age. So S of a component born later is multiplied by
+
+        (1 - beta1^N) (1 - beta2^N) / ((1 - beta1^n) (1 - beta2^n))
+
+    with n its measurements and N those of the oldest. Where nothing is born, that is
+    one, and S the paper's. What is left errs in favor of the young, whose deviations
+    are from an average that knows little yet: Ubar is there to keep what is uncertain.
+    After a dozen measurements little of it remains.
 
     A factor counts if its axes begin with (*stack, max_rank).
     """
 
     signals = frozenset({"factors", "gradients"})
-    memory = "two numbers per entry of the factors"
+    memory = "two numbers per entry of the factors, one per component"
 
     def init(self, slots: Slots, factors: Mapping[str, Any] | None) -> Memory:
         if factors is None:
@@ -95,7 +106,8 @@ class Sensitivity(Importance):
             path: {name: jnp.zeros(x.shape, jnp.float32) for name, x in own.items()}
             for path, own in _counted(slots, factors).items()
         }
-        return {"mean": zeros, "deviation": zeros, "count": jnp.int32(0)}
+        count = jnp.zeros(slots.num_components, jnp.int32)
+        return {"mean": zeros, "deviation": zeros, "count": count}
 
     def observe(
         self, slots: Slots, memory: Memory, signals: Signals, constants: Constants
@@ -120,9 +132,9 @@ class Sensitivity(Importance):
         return {"mean": mean, "deviation": deviation, "count": memory["count"] + 1}
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        del constants, key
+        del gates, key
         product = jax.tree.map(jnp.multiply, memory["mean"], memory["deviation"])
         found = {}
         for one in slots.competitors:
@@ -131,22 +143,29 @@ class Sensitivity(Importance):
             for part in product[one.path].values():
                 total += jnp.mean(part, axis=tuple(range(len(shape), part.ndim)))
             found[one.path] = total
-        return slots.flat(found)
+        count, values = memory["count"], slots.flat(found)
+        for decay in (constants["decay"], constants["deviation_decay"]):
+            values = values * _caught_up(count, decay)
+        return values
 
     def ready(self, memory: Memory) -> Bool[Array, ""]:
-        return memory["count"] > 0
+        return jnp.any(memory["count"] > 0)
 
     def forget(self, slots: Slots, memory: Memory, born: Bool[Array, "..."]) -> Memory:
         masks = slots.parts(born.astype(jnp.float32))
+        blank = lambda mask, x: jnp.where(over(mask != 0, x), 0, x)
 
         def clean(own: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
             return {
-                path: {n: jnp.where(_onto(masks[path], x), 0, x) for n, x in p.items()}
-                for path, p in own.items()
+                path: {name: blank(masks[path], x) for name, x in part.items()}
+                for path, part in own.items()
             }
 
-        changed = {name: clean(memory[name]) for name in ("mean", "deviation")}
-        return {**memory, **changed}
+        return {
+            "mean": clean(memory["mean"]),
+            "deviation": clean(memory["deviation"]),
+            "count": jnp.where(born, 0, memory["count"]),
+        }
 
 
 class OfOneSignal(Importance):
@@ -187,9 +206,9 @@ class Smoothed(OfOneSignal):
         return {**memory, "mean": mean, "count": memory["count"] + 1}
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        del slots, key
+        del slots, gates, key
         return jnp.abs(corrected(memory["mean"], memory["count"], constants["decay"]))
 
     def ready(self, memory: Memory) -> Bool[Array, ""]:
@@ -202,7 +221,7 @@ class Smoothed(OfOneSignal):
 
 
 class EffectiveRank(Smoothed):
-    """e_l n_j / sum of n over the layer: effective rank, shared out by norms.
+    """e_l n_j / sum of n over the layer's open components: effective rank, shared out.
 
     The sum over a layer is its effective rank, so that `proportional` gives ranks in
     proportion to it, and within a layer the largest components come first. It does not
@@ -234,11 +253,13 @@ class EffectiveRank(Smoothed):
         return {**memory, "used": used}
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        sizes = super().values(slots, memory, constants, key)
+        sizes = super().values(slots, memory, gates, constants, key)
         used = corrected(memory["used"], memory["count"], constants["decay"])
-        total = slots.per_layer(sizes)[slots.layer]
+        # What died is still remembered: it would hold back a share of its layer, which
+        # would lose again for having lost.
+        total = slots.per_layer(jnp.where(gates != 0, sizes, 0))[slots.layer]
         return used * sizes / jnp.where(total > 0, total, 1)
 
 
@@ -259,9 +280,9 @@ class Latest(OfOneSignal):
         return {"value": new, "count": memory["count"] + 1}
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        del slots, constants, key
+        del slots, gates, constants, key
         # Not `maximum`, which says nothing of a NaN on some devices.
         return jnp.where(memory["value"] < 0, 0, memory["value"])
 
@@ -290,16 +311,16 @@ class Random(Importance):
         return memory
 
     def values(
-        self, slots: Slots, memory: Memory, constants: Constants, key: Key
+        self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
-        del memory, constants
-        draw = lambda one: transitions.draw(
+        del memory, gates, constants
+        numbers = lambda one: draw(
             key_for(key, "allocate", one.path),
             jnp.zeros((*one.stack, one.max_rank)),
             one.stack,
             jax.random.uniform,
         )
-        return slots.flat({one.path: draw(one) for one in slots.competitors})
+        return slots.flat({one.path: numbers(one) for one in slots.competitors})
 
     def ready(self, memory: Memory) -> Bool[Array, ""]:
         del memory
@@ -314,6 +335,16 @@ def corrected(
     return jnp.where(count > 0, mean / jnp.where(count > 0, seen, 1), 0)
 
 
+def _caught_up(
+    count: Int[Array, " components"], decay: Array
+) -> Float[Array, " components"]:
+    """Factors that make up for averages that started at zero later than the oldest."""
+    seen = 1 - decay ** count.astype(jnp.float32)
+    return jnp.where(
+        count > 0, jnp.max(seen, initial=0) / jnp.where(count > 0, seen, 1), 0
+    )
+
+
 def _counted(slots: Slots, factors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The factors that have a component axis, of the sites that compete."""
     found = {}
@@ -322,11 +353,6 @@ def _counted(slots: Slots, factors: Mapping[str, Any]) -> dict[str, dict[str, An
         own = factors[one.path]
         found[one.path] = {n: x for n, x in own.items() if x.shape[: len(lead)] == lead}
     return found
-
-
-def _onto(mask: Array, x: Array) -> Array:
-    """A mask of shape (*stack, max_rank), as booleans over all axes of a factor."""
-    return (mask != 0).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
 
 
 IMPORTANCES: Mapping[str, Importance] = {

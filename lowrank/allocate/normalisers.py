@@ -24,12 +24,15 @@ def by_cost(slots: Slots, values: Flat, gates: Flat) -> Flat:
     """v_j / c_j, c the parameters of a component: gain per parameter.
 
     Among separable gains, taking the best ratios first is optimal up to the component
-    that no longer fits (Dantzig 1957, Operations Research 5(2)). Costs are divided by
-    the smallest one, which changes no order.
+    that no longer fits (Dantzig 1957, Operations Research 5(2)). Tied layers are bought
+    together, so c is their mean: the mean of v_j / c is then what the seat gains over
+    what it costs, where the mean of v_j / c_j would overrate it for a cheap member.
+    Costs are divided by the smallest one, which changes no order.
     """
     del gates
-    cost = slots.cost / slots.cost.min(initial=np.iinfo(np.int64).max)
-    return values / cost.astype(np.float32)[slots.layer]
+    cost = slots.each("parameters")
+    cost = cost / cost.min(initial=np.inf)
+    return values / cost.astype(np.float32)[slots.group][slots.layer]
 
 
 def by_layer(slots: Slots, values: Flat, gates: Flat) -> Flat:

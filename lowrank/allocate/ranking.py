@@ -6,7 +6,7 @@ turns ranks back into gates. All shapes are static and budgets may be traced.
 
 Cutting at the k-th value, as the code of AdaLoRA does, keeps none of k equal ones and
 fails at k = 0. Here values are sorted, ties fall to the lower index, and as many win
-as the budget says.
+as the budget has room for.
 """
 
 from typing import NamedTuple
@@ -87,7 +87,7 @@ def win(
 ) -> Int[Array, " groups"]:
     """The rank of every group: seats are taken in order while the budget has room.
 
-    Where all seats count the same, the best budget / price of them win, no matter how
+    Where all seats count the same, the best budget // price of them win, no matter how
     many are equal. Elsewhere a seat that no longer fits is passed over, and what is
     left in the end is less than the cheapest allowed seat that did not win.
 

@@ -3,7 +3,8 @@
 `Adaptive` holds every piece as a field, and a named method is `Adaptive` with other
 defaults. So `ranks=adalora ranks.importance=fisher` is an experiment, not a fork. The
 budget is by default what the ranks of the rules add up to: an adaptive run ends with as
-many components as the fixed run with the same rules.
+many components as the fixed run with the same rules; with ties, at most as many, and
+with unit=parameters, at most as many parameters.
 """
 
 import abc
@@ -31,6 +32,7 @@ Name = Literal[
     "ablation",
     "random",
 ]
+Normaliser = Literal["none", "cost", "layer"]
 Selector = Literal["top", "proportional", "grow", "swap", "variance"]
 Shape = Literal["constant", "linear", "cubic", "late_cubic", "cosine", "staircase"]
 
@@ -84,7 +86,7 @@ class Adaptive(Allocator):
     )
 
     importance: Name = "fisher"
-    normaliser: Literal["none", "cost", "layer"] | None = None
+    normaliser: Normaliser | None = None
     selector: Selector = "top"
     schedule: Shape = "cubic"
     unit: Unit = "components"
@@ -246,7 +248,7 @@ class AdaLoRA(Adaptive):
 
     arXiv:2303.10512. Faithful in scores, schedule and revival, beside P Lambda Q and
     the orthogonality penalty, which are a delta's and a penalty's. Departs from the
-    code where that is wrong: exactly as many components are kept as the budget says;
+    code where that is wrong: equal scores do not make it keep less than the budget;
     no penalty and no clipping in the scores; a last event instead of one at every step
     of the final phase (as PEFT has it); events are counted from `begin`. With
     mode=hard the forward budget is the one that is claimed, which in the paper it is

@@ -35,7 +35,8 @@ class Contest(NamedTuple):
       slots: The layout.
       unit: What the budget counts.
       seats: The components in order, from `ranking.seats`.
-      budget: To be met exactly where all seats count the same, else not exceeded.
+      budget: Not to be exceeded; met exactly where every seat counts one, except by
+        `variance`, which may ask for less.
       least, most: Bounds of each group's rank.
       moves: Components that may change places in one event; for `swap`.
       pool: Components of each layer that may; for `swap`.
@@ -65,7 +66,7 @@ class Contest(NamedTuple):
 
     @property
     def worth(self) -> Float[Array, " groups"]:
-        """The summed importance of each group's open components."""
+        """Summed importance of open components per layer, the mean over a group."""
         inside = self.place < self.spread(self.seats.rank)
         return per_group(self.slots, jnp.where(inside, self.seats.value, 0))
 
@@ -95,18 +96,20 @@ def proportional(contest: Contest) -> Int[Array, " groups"]:
     """Ranks in proportion to the worth of layers, rounded by largest remainders.
 
     The quota of layer l is q_l = clip(x w_l / c_l, least, most), with c_l what a
-    component counts and x such that quotas use the budget up. Rounded down, and the
+    component counts and x such that quotas use the budget up; of tied layers, w and c
+    are means, so that their number does not lower their ranks. Rounded down, and the
     rest given to the largest remainders (Hamilton's method), so that |r_l - q_l| < 1
-    and the total is exact. Both are one rule: the component that makes a rank r has
-    the key r - q_l, and the smallest keys win.
+    and, where every seat counts one, the total is exact. Both are one rule: the
+    component that makes a rank r has the key r - q_l, and the smallest keys win.
 
     With nothing of worth anywhere, all are worth the same.
     """
     cost = contest.slots.price(contest.unit).astype("float32")
+    each = contest.slots.each(contest.unit).astype("float32")
     worth = contest.worth
     worth = jnp.where(jnp.max(worth) > 0, worth, 1.0)
     share = worth / jnp.max(worth)
-    ideal = jnp.where(share > _NOTHING, share, 0) / cost
+    ideal = jnp.where(share > _NOTHING, share, 0) / each
     low, high = (b.astype(jnp.float32) for b in (contest.least, contest.most))
     quota = lambda x: jnp.clip(x * ideal, low, high)
     budget = contest.budget.astype(jnp.float32)

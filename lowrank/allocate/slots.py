@@ -91,8 +91,8 @@ class Slots:
       cost, flops: Of one component of each layer.
       ranks, least, most: Of each layer.
       group: Of each layer.
-      seat_group, seat_position: What layers of one group can only win together is a
-        seat: the p-th best component of each. Of each seat: its group, and p.
+      seat_group, seat_position: A seat is the p-th best component of every layer of a
+        group; they win or lose together. Of each seat: its group, and p.
       seat: Of each place in a vector that is sorted layer by layer: its seat.
     """
 
@@ -191,6 +191,14 @@ class Slots:
         """What one more component in every layer of a group counts."""
         each = np.ones_like(self.cost) if unit == "components" else self.cost
         return self.by_group(each, np.add)
+
+    def each(self, unit: Unit) -> np.ndarray:
+        """What a component counts, the mean over the layers of each group.
+
+        The counterpart of a seat's value, which is a mean too: their quotient is what a
+        group gains over what it counts, however many layers it ties.
+        """
+        return self.price(unit) / self.members
 
     def spent(self, ranks: np.ndarray, unit: Unit) -> int:
         """What ranks, one per layer, count."""
@@ -339,9 +347,9 @@ def _check(one: Competitor) -> None:
     for name, least, most in rows:
         if not 0 <= least <= most <= one.max_rank:
             raise BadInput(
-                f"{name!r}: minimum {least}, maximum {most} and max_rank "
-                f"{one.max_rank} must not fall in this order, beginning at 0; lower "
-                "the minimum or raise the maximum"
+                f"{name!r} has minimum {least}, maximum {most} and max_rank "
+                f"{one.max_rank}, and needs 0 <= minimum <= maximum <= max_rank; lower "
+                "the minimum, raise the maximum, or raise max_rank"
             )
     for name, rank in zip(one.layer_names, one.by_layer("ranks"), strict=True):
         if not 0 <= rank <= one.max_rank:

@@ -9,15 +9,18 @@ other factor is. One that returns is born like any other: what it was does not c
 A dead component is not erased, so pruning can be looked back on, and what a checkpoint
 holds does not depend on when it died.
 
-Factors are arrays (*stack, max_rank, ...), gates and ages (*stack, max_rank).
+Ages and the optimizer's moments are training's: `train.aging.reborn` makes those of
+what is born zero.
+
+Factors are arrays (*stack, max_rank, ...), gates (*stack, max_rank).
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from lowrank.core.arrays import Key
 from lowrank.core.errors import BadInput
@@ -111,32 +114,6 @@ def draw(
     for size in stack:
         count *= size
     return jax.vmap(layer)(numbered_keys(key, count)).reshape(factor.shape)
-
-
-def ages(
-    age: Int[Array, "*stack max_rank"], born: Bool[Array, "*stack max_rank"]
-) -> Int[Array, "*stack max_rank"]:
-    """Ages after an event: zero for what is born, so that its first update is full.
-
-    With moments at zero and an old age, Adam's first step would be (1 - b1) /
-    sqrt(1 - b2) times the learning rate, 3.16 of it, and grow from there.
-    """
-    return jnp.where(born, 0, age)
-
-
-def older(
-    age: Int[Array, "*stack max_rank"], gate: Float[Array, "*stack max_rank"]
-) -> Int[Array, "*stack max_rank"]:
-    """Ages after an update: that of a shut component stands still."""
-    return age + (gate != 0).astype(age.dtype)
-
-
-def moments(
-    held: Factors, born: Bool[Array, "*stack max_rank"], names: Collection[str]
-) -> dict[str, Array]:
-    """Moments of the optimizer in which components that are born have none."""
-    blank = lambda x: jnp.where(over(born, x), 0, x).astype(x.dtype)
-    return {n: blank(x) if n in names else x for n, x in held.items()}
 
 
 def revivable(

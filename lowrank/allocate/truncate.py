@@ -83,7 +83,7 @@ def keeping_largest(
     Args:
       slots: The layout; its bounds are kept.
       values: Singular values of all layers as the flat vector.
-      budget: Exact where all components count the same, else not exceeded.
+      budget: Not exceeded; exact where a component of each group counts one.
       unit: What it counts.
     """
     least, most = slots.group_bounds(slots.least, slots.most)

@@ -7,75 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from layouts import best, equal, ranks_of
+from simulated import (
+    KEY,
+    LAYERS,
+    STEPS,
+    allocator,
+    factors_of,
+    signals_of,
+    simulate,
+)
 from test_importance import adalora
 
 from lowrank.allocate.allocation import events, pack
 from lowrank.allocate.catalogue import CATALOGUE
-from lowrank.allocate.signals import SIGNALS
 from lowrank.allocate.slots import Competitor, Slots
-from lowrank.core.errors import BadInput, UnknownName
-from lowrank.core.spec import build, digest
-
-STEPS = 40
-LAYERS = 4
-D_IN, D_OUT = 5, 3
-NAMED = {f"l{i}": rank for i, rank in enumerate((4, 1, 2, 1))}
-#: Fields without which an allocator cannot be, and short windows.
-WINDOW = {"begin": 4, "end": 26, "every": 5, "measure_every": 2}
-FIELDS = {
-    "uniform": {},
-    "given": {"ranks": NAMED},
-    "ramp": {},
-    "shuffled": {"ranks": NAMED},
-    "eva": {},
-    "adalora": {**WINDOW, "measure_every": 1},
-}
-ADAPTIVE = [n for n in CATALOGUE if n not in ("uniform", "given", "ramp", "shuffled")]
-KEY = jax.random.key(0)
-
-
-def allocator(name, **fields):
-    return build(
-        {"name": name, **FIELDS.get(name, WINDOW), **fields}, CATALOGUE, "ranks"
-    )
-
-
-def factors_of(slots, rng):
-    return {
-        one.path: {
-            "a": jnp.asarray(rng.normal(size=(one.max_rank, D_IN)), jnp.float32),
-            "b": jnp.asarray(rng.normal(size=(one.max_rank, D_OUT)), jnp.float32),
-        }
-        for one in slots.competitors
-    }
-
-
-def signals_of(slots, rng, needs):
-    flat = lambda: jnp.asarray(rng.gamma(1.0, size=slots.num_components), jnp.float32)
-    given = {name: flat() for name in SIGNALS}
-    given |= {"factors": factors_of(slots, rng), "gradients": factors_of(slots, rng)}
-    return {name: given[name] for name in needs}
-
-
-def simulate(allocation, seed=0, check=lambda *_: None):
-    """A run without training: signals are random, ranks move as they would."""
-    rng = np.random.default_rng(seed)
-    slots, constants = allocation.slots, allocation.constants
-    memory = allocation.init(factors_of(slots, rng))
-    gates = allocation.gates(constants)
-    if not allocation.measure_every:
-        given = signals_of(slots, rng, allocation.needs)
-        memory = allocation.observe(memory, given, 0, constants)
-    event, observe = jax.jit(allocation.event), jax.jit(allocation.observe)
-    for step in range(STEPS):
-        if allocation.due(step, constants):
-            before = gates
-            gates, memory = event(memory, gates, step, KEY, constants)
-            check(step, before, gates, memory)
-        if allocation.measures(step, constants):
-            given = signals_of(slots, rng, allocation.needs)
-            memory = observe(memory, given, step, constants)
-        yield step, gates, memory
+from lowrank.core.errors import BadInput
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -92,6 +38,33 @@ def test_what_is_open_is_the_budget_at_every_step(name):
     assert spent[-1] == 2 * LAYERS
     assert set(np.unique(np.asarray(gates))) <= {0.0, 1.0}
     assert allocation.average_forward_budget() == pytest.approx(np.mean(spent))
+
+
+@pytest.mark.parametrize("name", ["fisher", "adalora", "growth", "effective_rank"])
+@pytest.mark.parametrize("alone", [0, 1], ids=["pairs", "pairs and one alone"])
+def test_a_budget_of_tied_layers_is_not_exceeded(name, alone):
+    """At most the budget is open, with less left than a pair counts."""
+    sites = [
+        Competitor(path=f"l{i}", max_rank=4, cost=8, ranks=2, group=f"pair {i % 2}")
+        for i in range(4)
+    ] + [Competitor(path="o", max_rank=4, cost=8, ranks=2)] * alone
+    allocation = allocator(name, budget=7).on(Slots(sites), STEPS)
+    bounds, spent = [], []
+    for step, gates, memory in simulate(allocation):
+        bounds.append(int(allocation.forward_budget(step, allocation.constants)))
+        spent.append(int(gates.sum()))
+        ranks = ranks_of(allocation.slots, gates)
+        np.testing.assert_array_equal(ranks[:2], ranks[2:4])
+        assert memory["sound"]
+    left = np.array(bounds) - spent
+    assert (left >= 0).all()
+    assert (left < 2).all()
+    if not alone:
+        np.testing.assert_array_equal(left, np.array(bounds) % 2)
+        assert left[-1] == 1, "no pair fits into the last one"
+    average = allocation.average_forward_budget()
+    assert average == pytest.approx(np.mean(bounds))
+    assert np.mean(spent) <= average
 
 
 def test_revivable_losers_keep_their_gates_until_the_last_event():
@@ -226,17 +199,53 @@ def test_a_run_is_compiled_once():
     assert event._cache_size() == 1
 
 
-def test_a_run_that_is_resumed_has_identical_gates():
+def kept_as_numbers(tree):
+    """What a checkpoint holds of a tree: its leaves as NumPy arrays, in order."""
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def read_as(tree, leaves):
+    """The leaves in the structure of a tree that was made anew."""
+    fresh, structure = jax.tree.flatten(tree)
+    assert [(x.shape, x.dtype) for x in fresh] == [(x.shape, x.dtype) for x in leaves]
+    return structure.unflatten([jnp.asarray(x) for x in leaves])
+
+
+@pytest.mark.parametrize("name", ["fisher", "effective_rank", "adalora", "random"])
+def test_a_run_that_is_resumed_has_identical_gates(name):
     """G6 as far as it is pure: what goes on is the memory, the gates and the step."""
-    allocation = allocator("random").on(equal(LAYERS), STEPS)
-    whole = [(g, m) for _, g, m in simulate(allocation)]
-    gates, memory = whole[12]
-    for step in range(13, STEPS):
-        if allocation.due(step, allocation.constants):
-            gates, memory = allocation.event(
-                memory, gates, step, KEY, allocation.constants
-            )
-        np.testing.assert_array_equal(gates, whole[step][0])
+    slots, rng = equal(LAYERS), np.random.default_rng(4)
+    factors = factors_of(slots, rng)
+    needs = allocator(name).on(slots, STEPS).needs
+    every = jnp.ones(slots.num_components)
+    seen = [signals_of(slots, rng, needs, every) for _ in range(STEPS)]
+
+    def run(memory, gates, first, last):
+        # A resumed run makes its allocator anew, from the config.
+        allocation = allocator(name).on(slots, STEPS)
+        constants = allocation.constants
+        memory = allocation.init(factors) if memory is None else memory
+        gates = allocation.gates(constants) if gates is None else gates
+        course = []
+        for step in range(first, last):
+            if allocation.due(step, constants):
+                gates, memory = allocation.event(memory, gates, step, KEY, constants)
+            if allocation.measures(step, constants):
+                memory = allocation.observe(memory, seen[step], step, constants)
+            course += [gates, memory["kept"]]
+        return memory, gates, np.array(course)
+
+    # Between events, with measurements since the last one.
+    memory, gates, _ = run(None, None, 0, 12)
+    whole = run(memory, gates, 12, STEPS)
+    fresh = allocator(name).on(slots, STEPS).init(factors)
+    again = read_as(fresh, kept_as_numbers(memory)), jnp.asarray(np.array(gates))
+    resumed = run(*again, 12, STEPS)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    lost = {**memory, "importance": fresh["importance"]}
+    forgetful = run(lost, gates, 12, STEPS)
+    decides = (forgetful[-1] != whole[-1]).any()
+    assert decides == bool(needs), "else the memory would not be tested"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -260,6 +269,21 @@ def test_importance_that_is_no_number_moves_nothing_and_says_so(value):
     assert new.sum() == 8
 
 
+@pytest.mark.parametrize("left", [1.0, np.nan], ids=["remembered", "no number"])
+def test_a_layer_that_has_shrunk_does_not_lose_for_it(left):
+    """Four alike that use their two directions equally: what two lost plays no part."""
+    allocation = allocator("effective_rank").on(equal(LAYERS), STEPS)
+    constants = allocation.constants
+    norms = jnp.array([[1, 1, left, left]] * 2 + [[1, 1, 0, 0]] * 2, jnp.float32)
+    given = {"norms": norms.ravel(), "spectrum": jnp.tile(jnp.array([1.0, 1, 0, 0]), 4)}
+    memory = allocation.observe(allocation.init(), given, 0, constants)
+    gates = allocation.gates(constants)
+    np.testing.assert_array_equal(gates.reshape(4, 4), [[1, 1, 0, 0]] * 4)
+    new, memory = allocation.event(memory, gates, 9, KEY, constants)
+    assert memory["sound"]
+    assert ranks_of(allocation.slots, new).tolist() == [2, 2, 2, 2]
+
+
 def test_an_event_before_any_measurement_is_not_sound():
     allocation = allocator("fisher").on(equal(LAYERS), STEPS)
     gates = allocation.gates(allocation.constants)
@@ -270,156 +294,31 @@ def test_an_event_before_any_measurement_is_not_sound():
     np.testing.assert_array_equal(new, gates)
 
 
+def test_what_is_measured_once_is_observed_before_the_loop():
+    """No step measures it, and EVA's one event is before the first of them."""
+    allocation = allocator("eva").on(equal(LAYERS), STEPS)
+    constants = allocation.constants
+    assert allocation.needs
+    assert allocation.measure_every == 0
+    steps = range(STEPS)
+    assert not any(allocation.measures(step, constants) for step in steps)
+    assert [step for step in steps if allocation.due(step, constants)] == [0]
+    given = {"variance": jnp.arange(16.0)}
+    gates = allocation.gates(constants)
+    for before, sound in ((True, True), (False, False)):
+        memory = allocation.init()
+        if before:
+            memory = allocation.observe(memory, given, 0, constants)
+        new, memory = allocation.event(memory, gates, 0, KEY, constants)
+        assert memory["sound"] == sound
+        assert (new != gates).any() == sound
+
+
 def test_measurements_stop_when_ranks_stand_still():
     allocation = allocator("fisher").on(equal(LAYERS), STEPS)
     found = [t for t in range(STEPS) if allocation.measures(t, allocation.constants)]
     assert found == [*range(0, 26, 2)]
     assert not allocator("eva").on(equal(LAYERS), STEPS).measures(0, {})
-
-
-def test_growth_grows_where_it_matters_and_forgets_nothing_else():
-    allocation = allocator("growth").on(equal(LAYERS), STEPS)
-    seen = jnp.repeat(jnp.array([1.0, 9, 4, 2]), 4)
-    memory, gates = allocation.init(), allocation.gates(allocation.constants)
-    totals = [float(gates.sum())]
-    for step in range(STEPS):
-        if allocation.due(step, allocation.constants):
-            new, memory = allocation.event(
-                memory, gates, step, KEY, allocation.constants
-            )
-            assert (new >= gates).all()
-            born = (new > 0) & (gates == 0)
-            assert not memory["importance"]["count"][born].any()
-            gates = new
-            totals.append(float(gates.sum()))
-        if allocation.measures(step, allocation.constants):
-            given = {"gate_fisher": seen * gates}
-            memory = allocation.observe(memory, given, step, allocation.constants)
-    assert totals == [4, 5, 6, 7, 8, 8]
-    assert ranks_of(allocation.slots, gates)[1] == 4
-
-
-def test_eva_gives_to_the_directions_that_explain_most_within_rho():
-    allocation = allocator("eva", rho=1.5).on(equal(LAYERS), STEPS)
-    shares = np.array([[0.9, 0.05, 0.03, 0.02], [0.4, 0.3, 0.2, 0.1],
-                       [0.5, 0.3, 0.1, 0.1], [0.35, 0.3, 0.25, 0.1]])  # fmt: skip
-    constants = allocation.constants
-    memory = allocation.observe(
-        allocation.init(),
-        {"variance": jnp.asarray(shares.ravel(), jnp.float32)},
-        0,
-        constants,
-    )
-    gates = allocation.gates(constants)
-    assert ranks_of(allocation.slots, gates).tolist() == [3] * 4
-    assert allocation.due(0, constants)
-    gates, _ = allocation.event(memory, gates, 0, KEY, constants)
-    assert ranks_of(allocation.slots, gates).tolist() == [1, 2, 2, 3]
-
-
-def test_fixed_ranks_are_what_they_say():
-    slots = equal(LAYERS)
-    ranks = lambda name, **f: ranks_of(
-        slots, (a := allocator(name, **f).on(slots, STEPS)).gates(a.constants)
-    ).tolist()
-    assert ranks("uniform") == [2, 2, 2, 2]
-    assert ranks("uniform", budget=6) == [2, 2, 1, 1]
-    assert ranks("given") == [4, 1, 2, 1]
-    assert ranks("ramp") == [1, 2, 2, 3]
-    assert ranks("ramp", ratio=1 / 3) == [3, 2, 2, 1]
-    shuffled = [ranks("shuffled", seed=s) for s in range(8)]
-    assert all(sorted(one) == [1, 1, 2, 4] and one != [4, 1, 2, 1] for one in shuffled)
-    assert len({tuple(one) for one in shuffled}) > 2
-    stacked = Slots(
-        [Competitor(path="w", max_rank=6, cost=4, ranks=2, stack=(3,), least=1),
-         Competitor(path="v", max_rank=6, cost=9, ranks=2, stack=(3,))]
-    )  # fmt: skip
-    found = allocator("ramp", ratio=5.0).on(stacked, STEPS)
-    # 1 : 3 : 5 in each stack, of six for both.
-    assert found.constants["ranks"].tolist() == [1, 2, 3, 1, 2, 3]
-    by_size = allocator("shuffled", ranks=stacked.named(np.array([1, 2, 3, 4, 5, 6])))
-    moved = by_size.on(stacked, STEPS).constants["ranks"]
-    assert sorted(moved[:3]) == [1, 2, 3], "among layers of one size"
-    assert sorted(moved[3:]) == [4, 5, 6]
-
-
-def test_a_budget_of_parameters_is_kept_in_parameters():
-    slots = Slots(
-        [
-            Competitor(path=f"l{i}", max_rank=6, cost=c, ranks=2)
-            for i, c in enumerate((5, 9, 20))
-        ]
-    )
-    allocation = allocator("norm", unit="parameters").on(slots, STEPS)
-    assert allocation.program.normaliser == "cost"
-    shares = allocator("effective_rank", unit="parameters").on(slots, STEPS)
-    assert shares.program.normaliser == "none", "shares are divided by cost once"
-    costs = slots.cost[slots.layer]
-    for step, gates, _ in simulate(allocation):
-        budget = int(allocation.budget(step, allocation.constants))
-        assert 0 <= budget - float((gates * costs).sum()) < 20
-    assert budget == 2 * (5 + 9 + 20)
-    start = allocator("norm", unit="parameters", start=1.5).on(slots, STEPS)
-    assert start.constants["ranks"].tolist() == [3, 3, 3]
-
-
-WRONG = [
-    ("fisher", {"budget": 17}, "take 0, the maximum ranks 16"),
-    ("fisher", {"start": 3.0}, "the first budget = 24"),
-    ("fisher", {"start": 0.5}, "only prunes"),
-    ("fisher", {"budget": 16}, "there are no more"),
-    ("fisher", {"end": 40}, "run of 40"),
-    ("fisher", {"end": 2.0}, "no fraction"),
-    ("fisher", {"begin": 0, "end": 0}, "before the first step"),
-    ("fisher", {"measure_every": 0}, "measured in training"),
-    ("fisher", {"measure_every": 6}, "ranks.measure_every = 6"),
-    ("fisher", {"decay": 1.0}, r"ranks.decay = 1\.0"),
-    ("fisher", {"rho": 0.5}, r"ranks.rho = 0\.5"),
-    ("fisher", {"budget": 0}, "ranks.budget = 0"),
-    ("fisher", {"importance": "fischer"}, "importance must be"),
-    ("fisher", {"schedule": "constant"}, "cannot lead"),
-    ("fisher", {"colour": 1}, "no field 'colour'"),
-    ("growth", {"start": 1.0}, "only grows"),
-    ("growth", {"at_once": 1, "every": 20}, "climbs 2 at each, and may climb 1"),
-    ("growth", {"schedule": "staircase", "at_once": 1, "unit": "parameters",
-                "start": 0.5}, "counts layers"),
-    ("growth", {"mode": "revivable"}, "opens gates"),
-    ("effective_rank", {"selector": "swap", "start": 1.5, "schedule": "cubic"},
-     "keeps the total"),
-    ("given", {"ranks": {**NAMED, "l9": 1}}, "'l9'.*Nearest: 'l"),
-    ("given", {"ranks": {**NAMED, "l0": 5}}, "'l0' has rank 5"),
-    ("shuffled", {"ranks": dict.fromkeys(NAMED, 2)}, "no shuffle"),
-    ("uniform", {"budget": 99}, "= 99 components is out of reach"),
-    ("ramp", {"ratio": 0.0}, "ranks.ratio"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "fields", "message"), WRONG)
-def test_what_does_not_go_together_is_refused_before_anything_runs(
-    name, fields, message
-):
-    with pytest.raises(BadInput, match=message):
-        allocator(name, **fields).on(equal(LAYERS), STEPS)
-
-
-@pytest.mark.parametrize("name", ADAPTIVE)
-def test_every_recipe_checks_its_fields(name):
-    """A recipe that forgets `__post_init__` would take any number."""
-    with pytest.raises(BadInput, match=r"ranks\.every = 0"):
-        allocator(name, every=0, measure_every=0)
-
-
-def test_nothing_to_allocate_is_refused():
-    slots = Slots([Competitor(path="w", max_rank=0, cost=4, ranks=0)])
-    with pytest.raises(BadInput, match="no component competes"):
-        allocator("fisher").on(slots, STEPS)
-    assert allocator("uniform").on(slots, STEPS).constants["ranks"].tolist() == [0]
-
-
-def test_bounds_that_leave_no_room_are_refused():
-    slots = equal(LAYERS, least=2)
-    with pytest.raises(BadInput, match="the minimum ranks of 4 layers take 8"):
-        allocator("fisher", budget=7).on(slots, STEPS)
 
 
 def test_signals_that_cannot_be_measured_are_named():
@@ -444,12 +343,3 @@ def test_trials_that_differ_in_more_than_numbers_share_no_program():
         pack([one, allocator("uniform", unit="parameters").on(slots, STEPS)])
     with pytest.raises(BadInput, match="another number of steps"):
         pack([one, allocator("fisher").on(slots, STEPS + 1)])
-
-
-def test_recipes_are_compositions_and_hash_as_what_they_say():
-    assert allocator("fisher").importance == "fisher"
-    crossed = allocator("adalora", importance="fisher", mode="hard")
-    assert crossed.on(equal(LAYERS), STEPS).needs == {"gate_fisher"}
-    assert digest(crossed) != digest(allocator("adalora"))
-    with pytest.raises(UnknownName, match="Nearest: 'adalora'"):
-        allocator("adalore")

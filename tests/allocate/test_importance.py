@@ -19,6 +19,10 @@ CONSTANTS = {"decay": jnp.float32(0.85), "deviation_decay": jnp.float32(0.7)}
 KEY = jax.random.key(0)
 
 
+def opened(slots):
+    return jnp.ones(slots.num_components)
+
+
 def factors_of(slots, rng, diagonal=False):
     found = {}
     for one in slots.competitors:
@@ -63,7 +67,7 @@ def test_sensitivity_is_that_of_the_paper_for_20_steps(diagonal):
         slots, m, {"factors": w, "gradients": g}, CONSTANTS))  # fmt: skip
     for step in range(20):
         memory = observe(memory, trees[step], trees[20 + step])
-    found = np.asarray(importance.values(slots, memory, CONSTANTS, KEY))
+    found = np.asarray(importance.values(slots, memory, opened(slots), CONSTANTS, KEY))
     wide = lambda x: np.asarray(x, np.float64)
     for layer, name in enumerate(slots.names):
         path = name.split("[")[0]
@@ -103,11 +107,52 @@ def test_sensitivity_fades_as_its_rate_says_and_forgets_at_birth():
         memory = observe(memory, zero)
     np.testing.assert_allclose(memory["mean"]["l0"]["a"], 0.85**3 * mean, rtol=1e-5)
     born = jnp.array([False, True, False, False])
-    values = importance.values(slots, memory, CONSTANTS, KEY)
+    values = importance.values(slots, memory, opened(slots), CONSTANTS, KEY)
     young = importance.values(
-        slots, importance.forget(slots, memory, born), CONSTANTS, KEY
+        slots, importance.forget(slots, memory, born), opened(slots), CONSTANTS, KEY
     )
     np.testing.assert_array_equal(young, np.where(born, 0, values))
+
+
+@pytest.mark.parametrize(("since", "most"), [(1, 3.5), (4, 1.8), (12, 1.2)])
+def test_the_sensitivity_of_a_newborn_is_at_least_that_of_an_equal(since, most):
+    """Uncorrected, it is a seventh after one measurement, a half after four."""
+    slots, rng = equal(64, max_rank=2), np.random.default_rng(2)
+    importance = IMPORTANCES["sensitivity"]
+    w = factors_of(slots, rng)
+    memory = importance.init(slots, w)
+    observe = jax.jit(lambda m, g: importance.observe(
+        slots, m, {"factors": w, "gradients": g}, CONSTANTS))  # fmt: skip
+    born = jnp.asarray(slots.position == 1)
+    for step in range(40 + since):
+        if step == 40:
+            memory = importance.forget(slots, memory, born)
+        # All components alike: no gradient has to do with whose it is.
+        memory = observe(memory, factors_of(slots, rng))
+    values = importance.values(slots, memory, opened(slots), CONSTANTS, KEY)
+    assert 0.9 < values[born].mean() / values[~born].mean() < most
+    # One with no measurement yet says nothing.
+    memory = importance.forget(slots, memory, born)
+    values = importance.values(slots, memory, opened(slots), CONSTANTS, KEY)
+    assert not values[born].any()
+    assert (values[~born] > 0).all()
+
+
+def test_the_old_keep_the_paper_s_sensitivity_where_others_are_born():
+    slots, rng = equal(2, max_rank=2), np.random.default_rng(3)
+    importance = IMPORTANCES["sensitivity"]
+    w, gradients = factors_of(slots, rng), [factors_of(slots, rng) for _ in range(6)]
+    born = jnp.array([False, True, False, False])
+    found = []
+    for forgets in (False, True):
+        memory = importance.init(slots, w)
+        for step, g in enumerate(gradients):
+            if forgets and step == 3:
+                memory = importance.forget(slots, memory, born)
+            given = {"factors": w, "gradients": g}
+            memory = importance.observe(slots, memory, given, CONSTANTS)
+        found.append(importance.values(slots, memory, opened(slots), CONSTANTS, KEY))
+    np.testing.assert_array_equal(found[0][~born], found[1][~born])
 
 
 def test_sensitivity_needs_the_factors():
@@ -130,18 +175,20 @@ def test_smoothed_signals_are_means_of_what_was_seen(name, signal):
         memory = importance.observe(slots, memory, {signal: jnp.asarray(x)}, CONSTANTS)
     weights = 0.85 ** np.arange(5, -1, -1.0)
     expected = np.abs((weights[:, None] * seen).sum(0) / weights.sum())
-    values = importance.values(slots, memory, CONSTANTS, KEY)
+    values = importance.values(slots, memory, opened(slots), CONSTANTS, KEY)
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
     assert importance.ready(memory)
     # A component that is born is as good as its first measurement.
     born = jnp.arange(8) == 3
     memory = importance.forget(slots, memory, born)
-    assert importance.values(slots, memory, CONSTANTS, KEY)[3] == 0
+    assert importance.values(slots, memory, opened(slots), CONSTANTS, KEY)[3] == 0
     memory = importance.observe(
         slots, memory, {signal: jnp.asarray(seen[0])}, CONSTANTS
     )
     np.testing.assert_allclose(
-        importance.values(slots, memory, CONSTANTS, KEY)[3], abs(seen[0, 3]), rtol=1e-5
+        importance.values(slots, memory, opened(slots), CONSTANTS, KEY)[3],
+        abs(seen[0, 3]),
+        rtol=1e-5,
     )
 
 
@@ -214,8 +261,27 @@ def test_effective_rank_is_shared_out_by_norms():
     }
     for _ in range(3):
         memory = importance.observe(slots, memory, given, CONSTANTS)
-    values = importance.values(slots, memory, CONSTANTS, KEY)
+    values = importance.values(slots, memory, opened(slots), CONSTANTS, KEY)
     np.testing.assert_allclose(values, [1.5, 0.5, 0, 0, 1, 1, 1, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", [2.0, np.nan], ids=["remembered", "no number"])
+def test_what_died_holds_back_no_share_of_its_layer(left):
+    """The open components of a layer share its effective rank, whatever died there."""
+    slots = equal(2)
+    importance = IMPORTANCES["effective_rank"]
+    memory = importance.init(slots, None)
+    given = {
+        "norms": jnp.array([2.0, 2, left, left, 1, 1, 0, 0]),
+        "spectrum": jnp.array([2.0, 2, 0, 0, 1, 1, 0, 0]),
+    }
+    memory = importance.observe(slots, memory, given, CONSTANTS)
+    gates = jnp.array([1.0, 1, 0, 0, 1, 1, 0, 0])
+    # Measured once more since: a shut component has no norm, and its mean fades.
+    given["norms"] = given["norms"] * gates
+    memory = importance.observe(slots, memory, given, CONSTANTS)
+    values = importance.values(slots, memory, gates, CONSTANTS, KEY)
+    np.testing.assert_allclose(values[gates > 0], [1, 1, 1, 1], rtol=1e-5)
 
 
 def test_explained_variance_is_that_of_the_inputs():
@@ -238,14 +304,16 @@ def test_latest_takes_what_is_harmful_for_nothing_and_shows_nan():
     importance = IMPORTANCES["ablation"]
     given = {"ablation": jnp.array([0.5, -0.1, jnp.nan, 0])}
     memory = importance.observe(slots, importance.init(slots, None), given, CONSTANTS)
-    values = importance.values(slots, memory, CONSTANTS, KEY)
+    values = importance.values(slots, memory, opened(slots), CONSTANTS, KEY)
     np.testing.assert_array_equal(values, [0.5, 0, np.nan, 0])
 
 
 def test_random_draws_belong_to_sites():
     """What else competes changes nothing, the key everything."""
     importance = IMPORTANCES["random"]
-    draw = lambda slots, key: importance.values(slots, {}, CONSTANTS, key)
+    draw = lambda slots, key: importance.values(
+        slots, {}, opened(slots), CONSTANTS, key
+    )
     few, more = equal(2), equal(3)
     np.testing.assert_array_equal(draw(few, KEY), draw(more, KEY)[:8])
     assert (draw(few, KEY) != draw(few, jax.random.key(1))).all()
@@ -277,7 +345,7 @@ def test_memories_of_trials_are_mapped_over(name):
         memory = importance.init(slots, factors[0])
         for _ in range(2):
             memory = importance.observe(slots, memory, given, rates)
-        return importance.values(slots, memory, rates, key)
+        return importance.values(slots, memory, opened(slots), rates, key)
 
     together = jax.jit(jax.vmap(twice))(given, rates, keys)
     for trial in range(2):

@@ -315,6 +315,48 @@ def test_tied_layers_win_together():
         assert 0 <= left < open_[0]
 
 
+def test_tied_layers_of_unequal_cost_are_bought_by_gain_per_parameter():
+    """A pair that gains 20 for 110 parameters, beside a layer that gains 5 for 10."""
+    costs = {"cheap": 10, "dear": 100, "alone": 10}
+    slots = Slots(
+        [
+            Competitor(
+                path=path, max_rank=1, cost=cost, ranks=1,
+                group=None if path == "alone" else "pair",
+            )
+            for path, cost in costs.items()
+        ]
+    )  # fmt: skip
+    values, gates = jnp.array([10.0, 10.0, 5.0]), jnp.ones(3)
+    worth = NORMALISERS["cost"](slots, values, gates)
+    seats = ranking.seats(slots, worth, gates)
+    # Relative to the smallest cost. One by one the pair has (10/10 + 10/100) / 2.
+    np.testing.assert_allclose(seats.value, [10 * 20 / 110, 10 * 5 / 10], rtol=1e-6)
+    found = run("top", slots, worth, gates, 110, unit="parameters")
+    assert found.tolist() == [0, 0, 1]
+    # Where the pair gains more per parameter, it wins.
+    worth = NORMALISERS["cost"](slots, values.at[1].set(90.0), gates)
+    found = run("top", slots, worth, gates, 110, unit="parameters")
+    assert found.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("unit", ["components", "parameters"])
+def test_ties_do_not_lower_the_ranks_that_layers_are_worth(unit):
+    """Of equal worth and cost, a layer that is tied gets as much as one alone."""
+    slots = Slots(
+        [
+            Competitor(path=f"l{i}", max_rank=8, cost=5, ranks=2, group=group)
+            for i, group in enumerate(["pair", "pair", None, None])
+        ]
+    )
+    values = np.repeat(np.array([1.0, 3.0, 2.0, 1.0], np.float32), 8)
+    budget = 14 * (1 if unit == "components" else 5)
+    found = run("proportional", slots, values, np.ones(32), budget, unit=unit)
+    assert ranks_of(slots, found).tolist() == [4, 4, 4, 2]
+    by_hand = dealing.deal(slots, [1, 3, 2, 1], budget, unit)
+    assert by_hand.tolist() == [4, 4, 4, 2]
+
+
 def test_normalisers_are_the_quotients_they_claim():
     slots, rng = LAYOUT, np.random.default_rng(5)
     values = rng.gamma(1.0, size=slots.num_components).astype(np.float32)

@@ -86,6 +86,7 @@ def test_ranks_by_name_are_complete_and_known():
         ({"least": 3, "most": 2}, "minimum 3, maximum 2"),
         ({"most": 5}, "maximum 5"),
         ({"least": -1}, "minimum -1"),
+        ({"most": 5}, "maximum 5 and max_rank 4, .* 0 <= minimum <= maximum <= max_r"),
         ({"ranks": 5}, "rank 5"),
         ({"ranks": (1, 2)}, "ranks holds 2 numbers"),
         ({"names": ("a", "b")}, "2 names"),

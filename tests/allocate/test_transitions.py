@@ -76,30 +76,6 @@ def test_redrawn_components_do_not_depend_on_their_neighbors():
     assert draw(key, single, ()).shape == single.shape
 
 
-def test_ages_begin_at_birth_and_stand_still_in_death():
-    age = jnp.array([[5, 5, 3, 0], [2, 2, 2, 2]])
-    change = transitions.change(OLD, NEW)
-    age = transitions.ages(age, change.born)
-    np.testing.assert_array_equal(age, [[5, 5, 0, 0], [0, 2, 2, 2]])
-    np.testing.assert_array_equal(
-        transitions.older(age, NEW), [[6, 5, 1, 0], [1, 3, 2, 3]]
-    )
-    # One that returns is as young as one that was never there.
-    back = transitions.change(NEW, OLD)
-    assert transitions.ages(transitions.older(age, NEW), back.born)[0, 1] == 0
-
-
-def test_moments_of_the_born_are_blank_and_others_bitwise_kept():
-    f = factors(np.random.default_rng(3), 2)
-    held = {**f, "shared": jnp.ones(3)}
-    born = transitions.change(OLD, NEW).born
-    found = transitions.moments(held, born, ("a", "b"))
-    for name in f:
-        assert not found[name][born].any()
-        np.testing.assert_array_equal(found[name][~born], f[name][~born])
-    np.testing.assert_array_equal(found["shared"], held["shared"])
-
-
 def test_revivable_zeroes_the_value_and_leaves_the_rest():
     f = factors(np.random.default_rng(4), 2)
     found = transitions.revivable(f, NEW, "b")
