@@ -9,6 +9,7 @@ from hydra.experimental.callback import Callback
 
 from experiments.train import objective
 from lowrank.core.errors import BadInput, NonFinite, OutOfMemory, Preempted
+from lowrank.io.files import Lock
 from lowrank.io.record import Record
 from lowrank.io.view import load_record
 from lowrank.run.door import command
@@ -66,6 +67,10 @@ class FakePack:
         (folder / "3").mkdir(parents=True, exist_ok=True)
         if seeds & self.stops:
             raise Preempted("stopped by SIGTERM")
+        # As of a real pack, all directories are free or nothing is written.
+        with contextlib.ExitStack() as held:
+            for one in settings:
+                held.callback(Lock(directory_of(one)).release)
         return [self.finish(at, one) for at, one in enumerate(settings)]
 
     def finish(self, at, settings):

@@ -195,13 +195,14 @@ def test_damaged_and_foreign_directories_are_refused_and_the_rest_run(sweep, tmp
 
 
 @pytest.mark.faults
-def test_a_trial_that_another_process_writes_is_left_to_it(sweep, tmp_path):
+@pytest.mark.parametrize("place", range(4))
+def test_a_trial_that_another_process_writes_is_left_to_it(sweep, tmp_path, place):
     pack = FakePack()
     pack.stops = {1}
     sweep(pack)
     pack.stops = set()
-    trial = next(p.parent for p in only_sweep(tmp_path).glob("*/.hydra"))
-    lock = Lock(trial)
+    trials = sorted(p.parent for p in only_sweep(tmp_path).glob("*/.hydra"))
+    lock = Lock(trials[place])
     code, said = sweep(pack)
     assert code == CANNOT_WRITE, "a pack goes on with all its trials or not at all"
     assert "being written by" in said
