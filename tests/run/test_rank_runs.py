@@ -128,7 +128,11 @@ def test_a_pack_with_a_run_of_fixed_ranks_is_both_alone(fitter, plain):
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("norm", "ranks.decay=0.5"), ("random", "ranks.schedule=linear")]
+    ("name", "more"),
+    [
+        ("norm", "ranks.decay=0.5"),
+        pytest.param("random", "ranks.schedule=linear", marks=pytest.mark.slow),
+    ],
 )
 def test_trials_of_other_ranks_and_schedules_are_each_alone(world, name, more):
     def fitted(*trials):

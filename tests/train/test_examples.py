@@ -190,7 +190,7 @@ def test_sensitivity_sees_the_task_alone_and_its_own_step():
             np.testing.assert_allclose(
                 found["mean"][path][name], wanted, rtol=1e-4, atol=1e-8
             )
-    assert int(found["count"]) == 4
+    assert all((np.asarray(n) == 4).all() for n in found["count"].values())
 
 
 def test_revivable_components_come_back_until_the_last_event():

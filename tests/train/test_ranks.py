@@ -237,6 +237,7 @@ def test_a_birth_changes_no_output():
     assert events == RANK * (LAYERS + 1) // 2
 
 
+@pytest.mark.slow  # Runs show it, in tests/run/test_rank_runs.py.
 def test_a_pack_of_other_schedules_is_each_alone():
     other = {"begin": 4, "end": 13, "every": 4, "schedule": "linear", "decay": 0.5}
     one, two = Norm(**WINDOW), Norm(**{**WINDOW, **other})
