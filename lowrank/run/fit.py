@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,8 @@ from lowrank.train.state import TrainState
 from lowrank.train.step import make_step
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 #: (position, one dict of numbers per trial)
 Log = Callable[[int, Sequence[Mapping[str, float]]], None]
@@ -169,11 +171,9 @@ def fit(
     Raises:
       BadInput, NonFinite, Corrupt, Preempted: See `core.errors`.
     """
-    optims = [optim] * len(seeds) if isinstance(optim, AdamW) else list(optim)
-    given = isinstance(penalty, Penalties)
-    penalties = [penalty] * len(seeds) if given else list(penalty)
-    given = isinstance(ranks, Allocator)
-    allocators = [ranks] * len(seeds) if given else list(ranks)
+    optims = _each(optim, len(seeds))
+    penalties = _each(penalty, len(seeds))
+    allocators = _each(ranks, len(seeds))
     devices = mesh.build()
     if directory is not None:
         own = _identity(adapted, batches, optims, penalties, allocators, seeds, dials)
@@ -271,6 +271,11 @@ def fit(
         adapted, frozen, state, forward, timer, pack, bool(validation), ended, paused,
         moving,
     )  # fmt: skip
+
+
+def _each(given: _T | Sequence[_T], count: int) -> list[_T]:
+    """One per trial, where one may be given for all."""
+    return list(given) if isinstance(given, Sequence) else [given] * count
 
 
 def _identity(
