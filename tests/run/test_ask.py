@@ -35,6 +35,7 @@ def told(folder):
     return [(one.params, one.value) for one in trials]
 
 
+@pytest.mark.faults
 def test_a_study_fills_packs_and_a_killed_one_asks_the_same(search, tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

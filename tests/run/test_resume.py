@@ -150,6 +150,7 @@ def test_changed_data_is_refused(world, tmp_path):
     assert after == before, "a refusal changes nothing"
 
 
+@pytest.mark.faults
 @pytest.mark.fault(
     "resume on another base",
     "exit 78 unless forced; what was there is moved aside",

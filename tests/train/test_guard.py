@@ -78,9 +78,18 @@ def in_the_collector(act):
     gc.collect()
 
 
-def lose_a_stop(over):
-    """Has the collector swallow a SIGTERM, and waits for what becomes of it."""
+def lose_a_stop():
+    """Has the collector swallow a SIGTERM."""
     in_the_collector(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def lose_a_stop_and_wait():
+    lose_a_stop()
+    wait(lambda: False)
+
+
+def wait(over):
+    """Gives a repeat ten seconds to come."""
     end = time.monotonic() + 10
     while not over() and time.monotonic() < end:
         time.sleep(0.01)
@@ -90,17 +99,15 @@ def test_a_stop_that_the_garbage_collector_swallows_comes_again():
     """jax hangs a callback on it: a signal that came there was lost for good."""
     before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     with pytest.raises(Preempted, match="SIGTERM"), interruptible():
-        lose_a_stop(over=lambda: False)
+        lose_a_stop_and_wait()
     assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
 
 
 def test_a_stop_lost_just_before_training_is_a_request_to_stop_there():
     with interruptible():
-        in_the_collector(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        lose_a_stop()
         with StopSignal() as stop:
-            lose = time.monotonic() + 10
-            while not stop.received and time.monotonic() < lose:
-                time.sleep(0.01)
+            wait(lambda: stop.received)
     assert stop.received == "SIGTERM"
 
 

@@ -7,6 +7,7 @@ that hold what is open and nothing else.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import toy
 from jax import lax
 
@@ -113,6 +114,7 @@ def close(one, two, tolerance):
     )
 
 
+@pytest.mark.slow  # Of outputs and gradients tests/adapt/test_layers.py shows it.
 def test_a_scanned_run_equals_the_unrolled_run():
     """Trained weights, both moments and losses after steps of AdamW."""
     one, two = models()

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import toy
 
 from lowrank.train import state as states
@@ -64,6 +65,7 @@ def gaps():
     return {"alone": max(found), "between": far(losses[:, 0], losses[:, 1])}
 
 
+@pytest.mark.slow  # In float32 test_pack shows it.
 def test_a_pack_equals_its_trials_to_eight_digits():
     here = Path(__file__).parent
     done = subprocess.run(
