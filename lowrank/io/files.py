@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from lowrank.core.errors import BadInput, CannotWrite, Corrupt
 from lowrank.track.jsonl import encode_number
 
 LOCK_NAME = ".lock"
-#: The names that `write_atomically` gives to files that are not whole yet.
+#: The names of files and folders that are not whole yet.
 _UNFINISHED = re.compile(r"\.[a-z0-9_]{8}\..+\.tmp")
 
 
@@ -64,7 +65,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(f".{path.name}.tmp", ".", path.parent)
+        handle, temporary = tempfile.mkstemp(_suffix(path), ".", path.parent)
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
@@ -80,16 +81,28 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def unfinished_folder(path: Path) -> Path:
+    """Makes a folder beside `path`, for what is to be renamed to `path` when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(_suffix(path), ".", path.parent))
+
+
 def remove_unfinished(directory: Path) -> None:
-    """Removes what killed writers left of `write_atomically`, at any depth.
+    """Removes files and folders that killed writers left half-made, at any depth.
 
     For the holder of the directory's lock: nobody else is writing there.
     """
-    for path in directory.rglob(".*.tmp"):
+    for path in list(directory.rglob(".*.tmp")):
+        # What cannot be removed harms nobody: no reader knows the name.
         if _UNFINISHED.fullmatch(path.name) and path.is_file():
-            # What cannot be removed harms nobody: no reader knows the name.
             with contextlib.suppress(OSError):
                 path.unlink()
+        elif _UNFINISHED.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _suffix(path: Path) -> str:
+    return f".{path.name}.tmp"
 
 
 def _sync_directory(directory: Path) -> None:

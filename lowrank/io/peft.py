@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from lowrank.io.adapter import Adapter, Correction
 from lowrank.io.files import (
     cannot_write,
     jsonable,
+    unfinished_folder,
     write_atomically,
 )
 from lowrank.io.peft_config import check_options, config_of, rank_and_scale
@@ -94,8 +94,7 @@ def write_adapter(
     }
     scratch = None
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory.parent))
+        scratch = unfinished_folder(directory)
         fresh = scratch / "new"
         write_atomically(fresh / MODEL, lambda file: file.write(weights))
         write_atomically(fresh / CONFIG, lambda file: file.write(written.encode()))

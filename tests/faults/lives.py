@@ -257,5 +257,5 @@ def litter(directory):
         str(path.relative_to(directory))
         for path in directory.rglob("*")
         if ".tmp" in path.name or "-tmp" in path.name or path.name.endswith(".removed")
-        or path.name.startswith((".adapter-", ".preparing-", ".partial-"))
+        or path.name.startswith((".preparing-", ".partial-"))
     )  # fmt: skip

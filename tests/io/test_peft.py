@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from lowrank.core.errors import BadInput, CannotWrite
 from lowrank.io.adapter import Adapter, Correction, collect, spread
+from lowrank.io.files import remove_unfinished
 from lowrank.io.peft import CONFIG, MODEL, NOTES, PREFIX, read_adapter, write_adapter
 
 LAYERS, D_IN, D_OUT, RANK, WORDS = 3, 5, 7, 4, 11
@@ -139,6 +140,21 @@ def test_an_adapter_is_replaced_whole(run, tmp_path):
     write_adapter(tmp_path / "a", adapter, base="two", card="second")
     assert (tmp_path / "a" / "README.md").read_text() == "second"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_writer_leaves_is_known_as_unfinished(run, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    adapter = collect(*run, module_of)
+    monkeypatch.setattr("lowrank.io.peft.write_sealed", killed)
+    with monkeypatch.context() as nothing_cleans_up:
+        nothing_cleans_up.setattr("shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            write_adapter(tmp_path / "a", adapter, base="base", card="card")
+    assert list(tmp_path.iterdir())
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_that_are_not_finite_leave_nothing_behind(run, tmp_path):

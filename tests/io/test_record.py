@@ -230,11 +230,12 @@ def test_an_unwritable_place_is_named_before_anything_else(tmp_path, where):
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from lowrank.io.files import write_atomically
+from lowrank.io.files import unfinished_folder, write_atomically
 def write(file):
     file.write(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
-write_atomically(Path(sys.argv[1]), write)
+path = Path(sys.argv[1])
+write_atomically(path if path.suffix else unfinished_folder(path) / "a.json", write)
 """
 
 
@@ -245,11 +246,12 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path, finished
         finish(tmp_path)
     else:
         open_at(tmp_path).close()
-    for name in ("status.json", "predictions/test.npz"):
+    for name in ("status.json", "predictions/test.npz", "adapter"):
         subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / name)])
     (tmp_path / ".mine.tmp").write_text("of the user")
     left = lambda: sorted(p.name[-10:] for p in tmp_path.rglob(".*.tmp"))
-    assert left() == [".mine.tmp", "s.json.tmp", "st.npz.tmp"]
+    own = ["a.json.tmp", "dapter.tmp", "s.json.tmp", "st.npz.tmp"]
+    assert left() == [".mine.tmp", *own]
     open_at(tmp_path).close()
     assert left() == [".mine.tmp"]
 

@@ -1,11 +1,13 @@
 """A pack that trains nothing, but leaves real records; and a multirun's line."""
 
 import contextlib
+import logging
 import signal
 import sys
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
+from rich.logging import RichHandler
 
 from experiments.train import objective
 from lowrank.core.errors import BadInput, NonFinite, OutOfMemory, Preempted
@@ -131,6 +133,10 @@ def at_the_door(monkeypatch, capfd):
     yield given
     for number, handler in before.items():
         signal.signal(number, handler)
+    # A console keeps the width that its screen had: the next test may want another.
+    root = logging.getLogger()
+    for console in [one for one in root.handlers if isinstance(one, RichHandler)]:
+        root.removeHandler(console)
 
 
 def only_sweep(tmp_path):
