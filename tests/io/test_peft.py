@@ -146,11 +146,11 @@ def test_what_a_killed_writer_leaves_is_known_as_unfinished(run, tmp_path, monke
     def killed(*_, **__):
         raise KeyboardInterrupt
 
+    adapter = collect(*run, module_of)
     monkeypatch.setattr("lowrank.io.peft.write_sealed", killed)
     with monkeypatch.context() as nothing_cleans_up:
         nothing_cleans_up.setattr("shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
-            adapter = collect(*run, module_of)
             write_adapter(tmp_path / "a", adapter, base="base", card="card")
     assert list(tmp_path.iterdir())
     remove_unfinished(tmp_path)
