@@ -44,13 +44,14 @@ class Costs(NamedTuple):
     Attributes:
       plain: Lowering the model.
       adapted: Lowering the adapted model.
-      attach: Finding the sites and checking them, once; the model is traced there.
+      attach: Finding the sites and checking them; the model is traced there, and
+        not again when the adapted model is lowered.
       num_sites: Maps that were adapted.
     """
 
     plain: list[float]
     adapted: list[float]
-    attach: float
+    attach: list[float]
     num_sites: int
 
     @property
@@ -60,10 +61,10 @@ class Costs(NamedTuple):
         return [ours / theirs for ours, theirs in pairs]
 
     @property
-    def first(self) -> float:
-        """What the first program costs, attach included, over the plain model."""
-        adapted = statistics.median(self.adapted)
-        return (self.attach + adapted) / statistics.median(self.plain)
+    def first(self) -> list[float]:
+        """(attach + adapted) / plain of each turn: what the first program costs."""
+        turns = zip(self.attach, self.adapted, self.plain, strict=True)
+        return [(once + ours) / theirs for once, ours, theirs in turns]
 
 
 def measure(num_layers: int = 32, rounds: int = 7, gradient: bool = False) -> Costs:
@@ -78,33 +79,38 @@ def measure(num_layers: int = 32, rounds: int = 7, gradient: bool = False) -> Co
     model = Model(num_layers)
     x = jnp.ones((2, 8, model.width))
     params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    apply = lambda params, x: model.apply({"params": params}, x)
-    began = time.perf_counter()
     rules = [Rule("**/kernel", LoRA(), rank=4)]
-    adapted = attach(apply, params, x, rules=rules)
-    attached = time.perf_counter() - began
-    trees = adapted.trained_shapes(), adapted.frozen(), jax.eval_shape(adapted.dials)
 
     def program(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not gradient:
             return lambda *given: fn(*given)
         return jax.grad(lambda *given: jnp.sum(fn(*given)))
 
-    def factored(trained: Any, frozen: Any, dials: Any, x: Any) -> Any:
-        return adapted.apply(frozen, trained, x, dials=dials)
-
-    plain, ours = [], []
-    for _ in range(rounds + 1):
+    def turn() -> tuple[float, float, float, int]:
         # Fresh functions each time: JAX remembers the trace of the ones it has seen.
-        plain.append(_seconds(lambda: jax.jit(program(apply)).lower(params, x)))
-        ours.append(_seconds(lambda: jax.jit(program(factored)).lower(*trees, x)))
-    return Costs(plain[1:], ours[1:], attached, len(adapted.sites))
+        apply = lambda params, x: model.apply({"params": params}, x)
+        fresh = lambda params, x: model.apply({"params": params}, x)
+        plain, _ = _timed(lambda: jax.jit(program(apply)).lower(params, x))
+        once, adapted = _timed(lambda: attach(fresh, params, x, rules=rules))
+        trees = adapted.trained_shapes(), adapted.frozen(), adapted.dials()
+        factored = program(lambda t, f, d, x: adapted.apply(f, t, x, dials=d))
+        ours, _ = _timed(lambda: jax.jit(factored).lower(*trees, x))
+        return plain, ours, once, len(adapted.sites)
+
+    turns = [turn() for _ in range(rounds + 1)][1:]
+    plain, ours, once, counts = (list(column) for column in zip(*turns, strict=True))
+    return Costs(plain, ours, once, counts[0])
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
     began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+    result = run()
+    return time.perf_counter() - began, result
+
+
+def _spread(values: list[float]) -> str:
+    middle = statistics.median(values)
+    return f"{middle:.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,14 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for gradient in (False, True):
         costs = measure(options.layers, options.rounds, gradient)
-        middle = statistics.median
         print(
             f"{'gradient' if gradient else 'forward'}, {options.layers} layers, "
-            f"{costs.num_sites} sites: plain {middle(costs.plain):.2f} s, adapted "
-            f"{middle(costs.adapted):.2f} s, ratio {middle(costs.ratios):.2f} "
-            f"({min(costs.ratios):.2f} to {max(costs.ratios):.2f}, {options.rounds} "
-            f"turns); attach {costs.attach:.2f} s, once; attached and lowered for the "
-            f"first time {costs.first:.2f} times the plain model"
+            f"{costs.num_sites} sites, {options.rounds} turns, seconds: plain "
+            f"{_spread(costs.plain)}, adapted {_spread(costs.adapted)}, attach "
+            f"{_spread(costs.attach)}; times the plain model: adapted "
+            f"{_spread(costs.ratios)}, attached and adapted {_spread(costs.first)}"
         )
     return 0
 

@@ -15,6 +15,7 @@ from lowrank.adapt.rules import AnyRule, Rule, Train
 from lowrank.adapt.sites import Site, find
 from lowrank.adapt.state import refuse_state
 from lowrank.adapt.verify import Verification, compare
+from lowrank.adapt.walk import Walk
 from lowrank.core.arrays import Dials, Frozen, Key, PyTree, Roles, Trained
 from lowrank.core.errors import BadInput, LowrankError
 from lowrank.core.trees import flatten
@@ -193,12 +194,24 @@ class Adapted:
         """
         dials = self.dials() if dials is None else dials
         self._check_trees(frozen, trained, dials)
+        walk = inject.walk(self.allow_dense)
+        return self._run(walk, frozen, trained, inputs, dials, key)
+
+    def check(self, *inputs: Any) -> Any:
+        """Shapes of the outputs; raises what `apply` would, without computing."""
+
+        def run(frozen: Frozen, trained: Trained, inputs: tuple[Any, ...]) -> Any:
+            walk = inject.walk(self.allow_dense, check=True)
+            return self._run(walk, frozen, trained, inputs, self.dials(), None)
+
+        return jax.eval_shape(run, self.frozen(), self.trained_shapes(), inputs)
+
+    def _run(self, walk: Walk, frozen, trained, inputs, dials, key) -> Any:
         leaves = [
             self._operand(path, frozen, trained, dials, key)
             for path in self._programs.structure.paths
         ]
         jaxpr, consts, out = self._programs(inputs)
-        walk = inject.walk(self.allow_dense)
         results = walk(jaxpr, [*consts, *leaves, *jax.tree.leaves(inputs)])
         values = [walk.materialize(v, "output of the model") for v in results]
         return jax.tree.unflatten(out, values)
@@ -336,9 +349,6 @@ def attach(
         ref_rank or max(ranks, default=1),
         allow_dense,
     )
-    # An abstract run: what cannot be factored is said here, not in the first step.
-    shapes = result.trained_shapes()
-    run = lambda frozen, trained, given: result.apply(frozen, trained, *given)
-    outputs = jax.eval_shape(run, result.frozen(), shapes, inputs)
-    refuse_state(result.rules, outputs)
+    # What cannot be factored is said here, not in the first step.
+    refuse_state(result.rules, result.check(*inputs))
     return result

@@ -1,6 +1,8 @@
 """One use of a weight, in the verbs that a delta speaks (`deltas.base.Call`)."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +53,21 @@ class DotCall:
         """Axes of the weight that input and output have as well."""
         both = {*self.x_labels} & {*self.y_labels}
         return tuple(t for t in self.view.labels if t is not None and t in both)
+
+    @functools.cached_property
+    def kind(self) -> Hashable:
+        """What a delta's answer depends on, values and names apart.
+
+        None where more decides than is told here: every such use is of its own kind.
+        """
+        if type(self) is not DotCall:
+            return None
+        own = dataclasses.replace(self.view, path="", trips=1)
+        leaves, structure = jax.tree.flatten(own)
+        return (
+            structure, *map(jax.typeof, [*leaves, self.x]), self.x_labels,
+            self.y_labels, self.contracted, self._out, str(self._precision),
+        )  # fmt: skip
 
     @property
     def fan_in(self) -> int:

@@ -7,7 +7,7 @@ runs as it was traced.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,12 +56,15 @@ class Walk:
       rules: What to do with a view, by name of the primitive.
       uses: Every use seen.
       allow_dense: Whether a weight may be formed where no factored rule exists.
+      checked: Kinds of uses that were met, where one of a kind stands for all: a run
+        for its errors alone. None where every delta computes.
       ordinals: Uses of each weight so far; part of a use's dropout key.
     """
 
     rules: Mapping[str, RewriteRule]
     uses: list[Use] = dataclasses.field(default_factory=list)
     allow_dense: bool = False
+    checked: set[Hashable] | None = None
     ordinals: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def ordinal(self, path: str) -> int:
@@ -163,6 +166,14 @@ class Walk:
                 dims(batched), flops * view.trips, view.trips,
             )
         )  # fmt: skip
-        if view.delta is None:
+        if view.delta is None or self._stands_for(call):
             return call.product()
         return view.delta.use(view.factors, view.dials, call)
+
+    def _stands_for(self, call: DotCall) -> bool:
+        """Whether a use of this kind was checked before."""
+        if self.checked is None or call.kind is None:
+            return False
+        known = call.kind in self.checked
+        self.checked.add(call.kind)
+        return known
