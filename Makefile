@@ -36,7 +36,7 @@ demo: $(VENV)/.made
 # Most of the time would go into optimizing programs that run once. Numbers, FLOPs and
 # memory are decided before that; the other suites run what users run.
 test: $(VENV)/.made
-	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \
+	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
 
 test-full: $(VENV)/.made
