@@ -13,21 +13,25 @@ import jax.numpy as jnp
 from experiments.bench.setting import Setting, draw_batch, draw_start
 from lowrank.adapt.attach import Adapted, attach
 from lowrank.adapt.rules import AnyRule, Rule, Train
+from lowrank.allocate.fixed import Uniform
+from lowrank.allocate.recipes import Allocator
 from lowrank.core.arrays import Trained
 from lowrank.core.trees import count, flatten
 from lowrank.cost.count import Product, jaxpr_flops, jaxpr_products
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
+from lowrank.run.ranks import begun
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
+from lowrank.train.examples import gauge
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
-from lowrank.train.pack import Pack, over_trials
+from lowrank.train.pack import Pack
 from lowrank.train.step import make_step
 
 SITES = "**/{query,key,value,output,up,down}/kernel"
 #: Steps of a schedule that never ends: the rate is constant.
-NUM_STEPS = 1_000_000
+NUM_STEPS = 100_000
 
 
 def lora(setting: Setting, base: Base) -> "PackOfOne":
@@ -72,40 +76,57 @@ def attached(
     return adapted, trained, batch
 
 
+def choosing(setting: Setting, base: Base, rank: int, ranks: Allocator) -> "PackOfOne":
+    """As `lora`, and an allocator brings its components down to `rank` per layer."""
+    delta = LoRA(alpha=setting.alpha)
+    rules = [Train(base.head), Rule(SITES, delta, rank=rank, max_rank=setting.rank)]
+    return PackOfOne(setting, base, rules, ranks)
+
+
 class PackOfOne:
     """An arm that trains one trial as the commands do."""
 
-    def __init__(self, setting: Setting, base: Base, rules: Sequence[AnyRule]):
+    def __init__(
+        self,
+        setting: Setting,
+        base: Base,
+        rules: Sequence[AnyRule],
+        ranks: Allocator = Uniform(),
+    ):
         adapted, trained, self._batch = attached(setting, base, rules)
         optim = AdamW(lr=setting.lr, clip=setting.clip, schedule="constant", warmup=0.0)
         mesh = MeshSpec().build()
         frozen = replicate(adapted.frozen(), mesh)
-        state = states.start(
-            adapted.init_trained,
-            adapted.dials(),
-            [optim],
-            [setting.seed],
-            adapted.leaves,
-        )
-        state = state.replace(trained=jax.tree.map(lambda x: x[None], trained))
 
         def model(frozen, trained, batch, dials, key):
             return adapted.apply(
                 frozen, trained, inputs_of(batch), dials=dials, key=key
             )
 
-        step = make_step(
-            model, cross_entropy, optim, NUM_STEPS, adapted.draws, adapted.active
+        moving, dials = begun(
+            adapted, [ranks], None, None, NUM_STEPS, gauge(model, cross_entropy)
         )
+        aged = moving is not None and moving.births
+        state = states.start(
+            adapted.init_trained, dials or adapted.dials(), [optim], [setting.seed],
+            adapted.leaves, roles=adapted.roles(), ages=aged,
+            ranks=moving.begin if moving else lambda trained: {},
+        )  # fmt: skip
+        state = state.replace(trained=jax.tree.map(lambda x: x[None], trained))
+        step = make_step(
+            model, cross_entropy, optim, NUM_STEPS, adapted.draws, adapted.active,
+            roles=adapted.roles(), ages=aged,
+            hands_out=moving is not None and moving.of_gradients,
+        )  # fmt: skip
         shapes = batch_shapes(self._batch, mesh, 1)
         self._state = replicate(state, mesh)
         self._pack = Pack(
             step, frozen, self._state, [shapes], lambda b: place_batch(b, mesh, 1), 1,
-            mesh,
+            mesh, moving,
         )  # fmt: skip
         (compiled,) = self._pack.compiled.values()
         # The state of the moment: the one before it was donated.
-        self._program = lambda: (over_trials(step, 1), frozen, self._state, shapes)
+        self._program = lambda: (self._pack.packed, frozen, self._state, shapes)
         self.facts: Mapping[str, Any] = {
             "flops": lambda: jaxpr_flops(*self._program()).flops,
             "compile_seconds": self._pack.compile_seconds,

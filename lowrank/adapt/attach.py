@@ -156,11 +156,15 @@ class Adapted:
         """How penalties read every correction; BadInput if one is no thin product."""
         return {path: self.plans[path].thin(site) for path, site in self.sites.items()}
 
-    def padding(self) -> dict[str, dict[str, int]]:
-        """Path -> factor -> scalars in it that no open component owns at the start."""
-        shapes = self.trained_shapes()
+    def padding(self, dials: Dials | None = None) -> dict[str, dict[str, int]]:
+        """Path -> factor -> scalars in it that no open component owns.
+
+        Args:
+          dials: Whose gates count; those of the start by default.
+        """
+        shapes, dials = self.trained_shapes(), dials or self.dials()
         return {
-            path: self.plans[path].padding(site, shapes[path])
+            path: self.plans[path].padding(site, shapes[path], dials[path])
             for path, site in self.sites.items()
         }
 

@@ -134,9 +134,11 @@ class Plan:
             )
         return Thin(names["in"], names["out"], site.stacks, delta.amplitude)
 
-    def padding(self, site: Site, shapes: Mapping[str, Any]) -> dict[str, int]:
-        """Scalars of each factor that belong to closed components at the start."""
-        masks = self.active(site, self.dials(site, 1))
+    def padding(
+        self, site: Site, shapes: Mapping[str, Any], dials: Mapping[str, Array]
+    ) -> dict[str, int]:
+        """Scalars of each factor that belong to closed components."""
+        masks = self.active(site, dials)
         return {
             name: int(np.broadcast_to(~np.asarray(mask), shapes[name].shape).sum())
             for name, mask in masks.items()

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lowrank.allocate.signals import effective_rank
 from lowrank.allocate.slots import Slots
-from lowrank.allocate.transitions import over
+from lowrank.allocate.transitions import draw, over
 from lowrank.core.arrays import Key
 from lowrank.core.errors import BadInput
 from lowrank.core.keys import key_for
@@ -293,7 +293,8 @@ class Latest(OfOneSignal):
 class Random(Importance):
     """Uniform numbers, drawn anew at every event: the control of any importance.
 
-    Each site draws from a key of its own, so that none depends on what else competes.
+    Each component draws from a key of its own, so that none depends on what else
+    competes, or on how many components a pack makes it hold.
     """
 
     signals = frozenset()
@@ -313,10 +314,13 @@ class Random(Importance):
         self, slots: Slots, memory: Memory, gates: Flat, constants: Constants, key: Key
     ) -> Flat:
         del memory, gates, constants
-        draw = lambda one: jax.random.uniform(
-            key_for(key, "allocate", one.path), (*one.stack, one.max_rank)
+        numbers = lambda one: draw(
+            key_for(key, "allocate", one.path),
+            jnp.zeros((*one.stack, one.max_rank)),
+            one.stack,
+            jax.random.uniform,
         )
-        return slots.flat({one.path: draw(one) for one in slots.competitors})
+        return slots.flat({one.path: numbers(one) for one in slots.competitors})
 
     def ready(self, memory: Memory) -> Bool[Array, ""]:
         del memory

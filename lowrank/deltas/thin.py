@@ -120,8 +120,8 @@ def departures(terms: Terms) -> Float[Array, " layers"]:
     return apart(terms.a) + apart(terms.b)
 
 
-def total(values: Sequence[Float[Array, " layers"]]) -> Float[Array, ""]:
-    """The sum over all layers of all sites."""
+def total(values: Sequence[Array]) -> Float[Array, ""]:
+    """The sum over all layers of all sites, which may have any number of them each."""
     return sum((jnp.sum(one) for one in values[1:]), jnp.sum(values[0]))
 
 

@@ -34,7 +34,7 @@ class Ledgers:
         train has no step figures.
         """
         known: dict[str, Any] = {
-            "counts": sizes(prepared.adapted),
+            "counts": sizes(prepared.adapted, dials),
             "num_trials": len(self._fitted.ended),
         }
         if prepared.settings.evaluate.latency:

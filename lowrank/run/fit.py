@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ import numpy as np
 from rich.progress import Progress
 
 from lowrank.adapt.attach import Adapted
+from lowrank.allocate.fixed import Uniform
+from lowrank.allocate.recipes import Allocator
+from lowrank.allocate.slots import Slots
 from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import digest
@@ -28,6 +31,7 @@ from lowrank.evaluate.metrics import STANDARD, Rows, Tally
 from lowrank.evaluate.score import numbers, score_trials
 from lowrank.io.checkpoints import Checkpoints
 from lowrank.run.forward import Batch, Forward, inputs_of, on_inputs
+from lowrank.run.ranks import begun, check_settled
 from lowrank.run.storage import Storage
 from lowrank.sharding import (
     MeshSpec,
@@ -38,16 +42,20 @@ from lowrank.sharding import (
     replicate,
 )
 from lowrank.train import state as states
+from lowrank.train.examples import check_examples_apart, gauge
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import Events, Loop, LoopSpec, check_pause, finished, fresh
 from lowrank.train.losses import Loss, cross_entropy
 from lowrank.train.optim import AdamW
 from lowrank.train.pack import Pack
 from lowrank.train.penalties import Penalties, impose
+from lowrank.train.ranks import RankEvents
 from lowrank.train.state import TrainState
 from lowrank.train.step import make_step
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 #: (position, one dict of numbers per trial)
 Log = Callable[[int, Sequence[Mapping[str, float]]], None]
@@ -70,6 +78,7 @@ class Fit:
         "failed"}; None of the others.
       paused: The step at which the others wait, as `until` said; None if there is no
         step left.
+      events: How ranks moved; None where they did not.
     """
 
     adapted: Adapted
@@ -81,6 +90,7 @@ class Fit:
     validated: bool
     ended: tuple[Mapping[str, Any] | None, ...]
     paused: int | None = None
+    events: RankEvents | None = None
 
     def trained(self, trial: int = 0) -> Trained:
         """A trial's trained tree: the best validated one, else the last."""
@@ -108,8 +118,10 @@ def fit(
     loss: Loss = cross_entropy,
     optim: AdamW | Sequence[AdamW] = AdamW(),
     penalty: Penalties | Sequence[Penalties] = Penalties(),
+    ranks: Allocator | Sequence[Allocator] = Uniform(),
     seeds: Sequence[int] = (0,),
     dials: Sequence[Dials] | None = None,
+    slots: Sequence[Slots] | None = None,
     directory: str | Path | None = None,
     identity: Mapping[str, str] | None = None,
     mesh: MeshSpec = MeshSpec(),
@@ -131,9 +143,13 @@ def fit(
       loss: What is minimized (see `train.losses`).
       optim: Constants; one for all trials or one per trial.
       penalty: Weights of penalties on the corrections; one for all or one per trial.
+      ranks: How ranks are chosen; one for all or one per trial. Those that move need
+        rules with a max_rank above the rank.
       seeds: One trial each: its start, its dropout and its data order.
       dials: One per trial: its ranks, scales and rates; the adapted model's own for
         all if None.
+      slots: One per trial: which layers compete for ranks, within which bounds; by
+        default all, from 0 to max_rank.
       directory: Keeps checkpoints and continues from them; None keeps nothing.
       identity: Fingerprints that a stored state in `directory` must agree with to be
         continued, beside those of base, rules, constants, weights, seeds and length,
@@ -155,12 +171,12 @@ def fit(
     Raises:
       BadInput, NonFinite, Corrupt, Preempted: See `core.errors`.
     """
-    optims = [optim] * len(seeds) if isinstance(optim, AdamW) else list(optim)
-    given = isinstance(penalty, Penalties)
-    penalties = [penalty] * len(seeds) if given else list(penalty)
+    optims = _each(optim, len(seeds))
+    penalties = _each(penalty, len(seeds))
+    allocators = _each(ranks, len(seeds))
     devices = mesh.build()
     if directory is not None:
-        own = _identity(adapted, batches, optims, penalties, seeds, dials)
+        own = _identity(adapted, batches, optims, penalties, allocators, seeds, dials)
         storage = Storage(
             Checkpoints(Path(directory), identity={**own, **(identity or {})})
         )
@@ -169,17 +185,24 @@ def fit(
     check_pause(until, batches.num_steps, every if validation else None)
     if non_finite.action == "rollback" and storage is None:
         raise BadInput("non_finite.action=rollback needs a directory to roll back to")
-    if len(penalties) != len(seeds):
-        raise BadInput(
-            f"{len(seeds)} trials have {len(penalties)} sets of penalties; give "
-            "one for all of them, or one each"
-        )
+    for what, each in (("penalties", penalties), ("allocators of ranks", allocators)):
+        if len(each) != len(seeds):
+            raise BadInput(
+                f"{len(seeds)} trials have {len(each)} sets of {what}; give one for "
+                "all of them, or one each"
+            )
     imposed = impose(penalties, adapted.sites, adapted.thin)
     model = on_inputs(adapted.apply, inputs)
+    moving, dials = begun(
+        adapted, allocators, slots, dials, batches.num_steps,
+        gauge(model, loss, optims[0].accumulate),
+    )  # fmt: skip
     frozen = replicate(adapted.frozen(), devices)
+    aged = moving is not None and moving.births
     state = states.start(
         adapted.init_trained, dials or adapted.dials(), optims, seeds, adapted.leaves,
-        imposed.weights(penalties), adapted.roles(),
+        imposed.weights(penalties), adapted.roles(), aged,
+        moving.begin if moving else lambda trained: {},
     )  # fmt: skip
     state = jax.device_put(state, states.on_mesh(devices))
     forward = Forward(model, frozen, devices)
@@ -197,13 +220,18 @@ def fit(
     pack = None
     if not finished(memory, until or batches.num_steps):
         alive("compilation")
+        examples = batches.examples()
+        if moving is not None and moving.gauge is not None:
+            first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+            own = map(first, (state.trained, state.dials, state.constants, examples[0]))
+            check_examples_apart(model, loss, frozen, *own)
         step = make_step(
             model, loss, optims[0], batches.num_steps, adapted.draws, adapted.active,
-            imposed, adapted.roles(),
+            imposed, adapted.roles(), aged, moving is not None and moving.of_gradients,
         )  # fmt: skip
-        shapes = [batch_shapes(batch, devices, 1) for batch in batches.examples()]
+        shapes = [batch_shapes(batch, devices, 1) for batch in examples]
         put = lambda batch: place_batch(batch, devices, 1)
-        pack = Pack(step, frozen, state, shapes, put, len(seeds), devices)
+        pack = Pack(step, frozen, state, shapes, put, len(seeds), devices, moving)
     validate = None
     if validation:
         alive("compilation for validation")
@@ -236,10 +264,18 @@ def fit(
             alive("last checkpoint")
     ended = tuple(memory["ended"])
     here = memory["position"]
+    paused = None if here >= batches.num_steps or all(ended) else here
+    if paused is None:
+        check_settled(moving, state, ended)
     return Fit(
-        adapted, frozen, state, forward, timer, pack, bool(validation), ended,
-        None if here >= batches.num_steps or all(ended) else here,
+        adapted, frozen, state, forward, timer, pack, bool(validation), ended, paused,
+        moving,
     )  # fmt: skip
+
+
+def _each(given: _T | Sequence[_T], count: int) -> list[_T]:
+    """One per trial, where one may be given for all."""
+    return list(given) if isinstance(given, Sequence) else [given] * count
 
 
 def _identity(
@@ -247,11 +283,13 @@ def _identity(
     batches: TrainPipeline,
     optims: Sequence[AdamW],
     penalties: Sequence[Penalties],
+    allocators: Sequence[Allocator],
     seeds: Sequence[int],
     dials: Sequence[Dials] | None,
 ) -> dict[str, str]:
     """What decides a pack's course beside its code and the order of its data."""
     weighed = any(one.named for one in penalties)
+    chosen = any(one != Uniform() for one in allocators)
     return {
         "base": fingerprint(adapted.frozen()),
         "rules": digest({**adapted.rules, "/ref_rank": adapted.ref_rank}),
@@ -262,6 +300,7 @@ def _identity(
         **({} if dials is None else {"dials": fingerprint(list(dials))}),
         # States from before there were penalties go on as they did.
         **({"penalties": digest(list(penalties))} if weighed else {}),
+        **({"ranks": digest(list(allocators))} if chosen else {}),
     }
 
 

@@ -33,6 +33,7 @@ from lowrank.run.fit import Fit, check_plan, fit
 from lowrank.run.forward import Batch
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
 from lowrank.run.preview import lowered
+from lowrank.run.ranks import over_time
 from lowrank.run.results import Results, flat_numbers
 from lowrank.run.settings import Settings
 from lowrank.run.ship import ship
@@ -245,6 +246,8 @@ def _train(
             validation=validation,
             optim=[one.optim for one in settings],
             penalty=[one.penalty for one in settings],
+            ranks=[one.ranks.moving for one in settings],
+            slots=prepared.slots(),
             seeds=[one.seed for one in settings],
             dials=prepared.variants.dials(),
             mesh=settings[0].mesh,
@@ -294,6 +297,9 @@ def _finish(
     results: Results,
 ) -> Outcome:
     result = results.judge(number, record)
+    if fitted.events is not None and prepared.trials[number].settings.ranks.move:
+        moved = over_time(fitted.events, fitted.state, number)
+        record.save_arrays("ranks", **_flat(moved))
     ship(record.directory, prepared.trials[number], *results.trees(number))
     # The result comes last and seals what is there; a kill in between drops the
     # summary with the metrics behind the last checkpoint.

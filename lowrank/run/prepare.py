@@ -11,6 +11,8 @@ import numpy as np
 
 from lowrank.adapt.attach import Adapted, attach
 from lowrank.adapt.variants import Variants, pack
+from lowrank.allocate.slots import Slots
+from lowrank.core.arrays import Dials
 from lowrank.core.errors import BadInput
 from lowrank.cost.count import Counts, count_parameters
 from lowrank.data.checks import check_task
@@ -21,6 +23,7 @@ from lowrank.io import hub
 from lowrank.io.files import local_path
 from lowrank.io.hub import Base
 from lowrank.run.forward import Batch, inputs_of
+from lowrank.run.ranks import settled_rules, slots_of
 from lowrank.run.settings import BaseSpec, Settings
 
 logger = logging.getLogger(__name__)
@@ -87,6 +90,18 @@ class PreparedPack:
         """Training data, every trial in its own order."""
         return self.trials[0].batches
 
+    def slots(self) -> list[Slots] | None:
+        """What competes for ranks in each trial; None where no rank moves."""
+        if not any(trial.settings.ranks.move for trial in self.trials):
+            return None
+        together = self.variants.together
+        return [
+            slots_of(together, dials, most=alone.max_rank)
+            for dials, alone in zip(
+                self.variants.dials(), self.variants.alone, strict=True
+            )
+        ]
+
 
 def prepare(settings: Settings) -> Prepared:
     """Loads and checks base and data of one trial, and attaches the corrections.
@@ -120,18 +135,8 @@ def prepare_pack(trials: Sequence[Settings]) -> PreparedPack:
         num_epochs=settings.optim.epochs,
     )
     example = inputs_of({k: v[0] for k, v in batches.examples()[0].items()})
-    adapted = attach(
-        base.apply,
-        base.params,
-        example,
-        rules=settings.rules(base.head),
-        ref_rank=settings.ref_rank,
-    )
-    variants = pack(
-        adapted,
-        [trial.rules(base.head) for trial in trials],
-        [trial.ref_rank for trial in trials],
-    )
+    variants = adapt(base, trials, example)
+    adapted = variants.together
     logger.info(
         "%s: %s rows; %s: %d sites adapted",
         task.name,
@@ -144,6 +149,25 @@ def prepare_pack(trials: Sequence[Settings]) -> PreparedPack:
         for trial, alone in zip(trials, variants.alone, strict=True)
     )
     return PreparedPack(prepared, variants)
+
+
+def adapt(base: Base, trials: Sequence[Settings], example: Any) -> Variants:
+    """The base with the corrections of every trial.
+
+    Args:
+      base: The model.
+      trials: Alike in everything but what `Settings.packed` lists.
+      example: What the model takes, arrays or shapes.
+    """
+    rules = [trial.rules(base.head) for trial in trials]
+    refs = [trial.ref_rank for trial in trials]
+    adapted = attach(base.apply, base.params, example, rules=rules[0], ref_rank=refs[0])
+    variants = pack(adapted, rules, refs)
+    own = [
+        settled_rules(trial.ranks.allocator, alone, mine)
+        for trial, alone, mine in zip(trials, variants.alone, rules, strict=True)
+    ]
+    return variants if own == rules else pack(adapted, own, refs)
 
 
 def identity_of(settings: Settings, base: Base, task: Task) -> dict[str, str]:
@@ -224,10 +248,15 @@ def code_fingerprint(folder: Path = PACKAGE) -> str:
     return digest.hexdigest()
 
 
-def sizes(adapted: Adapted) -> Counts:
-    """Parameters and bytes, from shapes alone; closed components do not count."""
+def sizes(adapted: Adapted, dials: Dials | None = None) -> Counts:
+    """Parameters and bytes, from shapes alone; closed components do not count.
+
+    Args:
+      adapted: The model.
+      dials: Whose gates count; those of the rules by default.
+    """
     trained = adapted.trained_shapes()
-    return count_parameters(adapted.frozen(), trained, adapted.padding())
+    return count_parameters(adapted.frozen(), trained, adapted.padding(dials))
 
 
 def site_rows(adapted: Adapted) -> Sequence[dict[str, Any]]:

@@ -12,8 +12,10 @@ from lowrank.cost.count import jaxpr_flops
 from lowrank.cost.measure import compiled_cost
 from lowrank.run.forward import inputs_of, on_inputs
 from lowrank.run.prepare import Prepared, site_rows, sizes
+from lowrank.run.ranks import begun
 from lowrank.sharding import batch_shapes, replicated
 from lowrank.train import state as states
+from lowrank.train.examples import gauge
 from lowrank.train.losses import cross_entropy
 from lowrank.train.pack import jitted, on_devices
 from lowrank.train.penalties import impose
@@ -50,9 +52,17 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
     mesh = settings.mesh.for_trials(num_trials).build()
     model = on_inputs(adapted.apply, inputs_of)
     imposed = impose([settings.penalty], adapted.sites, adapted.thin)
+    num_steps = prepared.batches.num_steps
+    moving, dials = begun(
+        adapted, [settings.ranks.moving] * num_trials, None, None, num_steps,
+        gauge(model, cross_entropy, settings.optim.accumulate),
+    )  # fmt: skip
+    aged = moving is not None and moving.births
     start = lambda: states.start(
-        adapted.init_trained, adapted.dials(), [settings.optim] * num_trials,
+        adapted.init_trained, dials or adapted.dials(), [settings.optim] * num_trials,
         range(num_trials), weights=imposed.weights([settings.penalty] * num_trials),
+        roles=adapted.roles(), ages=aged,
+        ranks=moving.begin if moving else lambda trained: {},
     )  # fmt: skip
     located = lambda sharding, tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
@@ -61,8 +71,9 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
     state = jax.tree.map(located, states.on_mesh(mesh), jax.eval_shape(start))
     frozen = located(replicated(mesh), adapted.frozen())
     step = make_step(
-        model, cross_entropy, settings.optim, prepared.batches.num_steps,
-        adapted.draws, adapted.active, imposed, adapted.roles(),
+        model, cross_entropy, settings.optim, num_steps, adapted.draws,
+        adapted.active, imposed, adapted.roles(), aged,
+        moving is not None and moving.of_gradients,
     )  # fmt: skip
     largest = max(prepared.batches.examples(), key=lambda batch: batch["ids"].size)
     wide = {
@@ -70,7 +81,7 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
         for name, array in largest.items()
     }
     batch = batch_shapes(wide, mesh, 1)
-    packed = on_devices(step, num_trials, mesh)
+    packed = on_devices(step, num_trials, mesh, moving)
     return Lowered(packed, (frozen, state, batch), mesh)
 
 

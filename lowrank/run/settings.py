@@ -23,6 +23,7 @@ from lowrank.core.spec import (
 from lowrank.data.buckets import Batching
 from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.deltas.catalogue import CATALOGUE as DELTAS
+from lowrank.run.ranks_group import Ranks, chosen, filled
 from lowrank.run.sweep import Halving, SweepSpec
 from lowrank.sharding import MeshSpec
 from lowrank.track.trackers import Track
@@ -40,6 +41,7 @@ SCIENTIFIC = (
     "delta",
     "optim",
     "penalty",
+    "ranks",
     "loop",
     "non_finite",
     "evaluate",
@@ -48,7 +50,8 @@ SCIENTIFIC = (
 ASIDE = ("mesh", "track", "run", "plugins", "sweep")
 #: Fields of scientific groups that change no result: a rehearsal that was stopped on
 #: purpose is continued by the same command without the stop.
-NOT_IN_ID = {"loop": ("stop_after",), "base": ("name",)}
+#: Ranks count, not where they were taken from.
+NOT_IN_ID = {"loop": ("stop_after",), "base": ("name",), "ranks": ("from",)}
 
 
 @spec
@@ -138,6 +141,7 @@ class Settings:
     delta: Mapping[str, Any]
     optim: AdamW
     penalty: Penalties
+    ranks: Ranks
     loop: LoopSpec
     non_finite: NonFinitePolicy
     evaluate: Evaluation
@@ -152,6 +156,9 @@ class Settings:
     def trial_id(self) -> str:
         """Twelve hexadecimal digits of a hash over the scientific part."""
         part = {name: _told(name, self.config[name]) for name in SCIENTIFIC}
+        if self.ranks.usual:
+            # Named as it was before there were others.
+            del part["ranks"]
         return digest({"version": TRIAL_VERSION, **part}, 12)
 
     @property
@@ -161,7 +168,7 @@ class Settings:
 
     def rules(self, head: str) -> list[AnyRule]:
         """The rules that the delta group stands for, given the head's pattern."""
-        return make_rules(self.delta, head)
+        return make_rules(self.delta, head, self.ranks)
 
 
 def read(config: Mapping[str, Any]) -> Settings:
@@ -172,6 +179,7 @@ def read(config: Mapping[str, Any]) -> Settings:
         occurs anywhere.
     """
     refuse_targets(config)
+    config = {**config, "ranks": filled(config.get("ranks"))}
     known = (*SCIENTIFIC, *ASIDE)
     check_groups(config, known)
     load_plugins(config.get("plugins"))
@@ -187,6 +195,7 @@ def read(config: Mapping[str, Any]) -> Settings:
         delta=_group(config, "delta"),
         optim=build(_group(config, "optim"), OPTIMIZERS, "optim"),
         penalty=plain(Penalties, config.get("penalty"), "penalty"),
+        ranks=chosen(config["ranks"]),
         loop=plain(LoopSpec, config.get("loop"), "loop"),
         non_finite=plain(NonFinitePolicy, config.get("non_finite"), "non_finite"),
         evaluate=plain(Evaluation, config.get("evaluate"), "evaluate"),
@@ -202,6 +211,11 @@ def read(config: Mapping[str, Any]) -> Settings:
         raise BadInput(
             "track.tensorboard=true needs the package tensorboardX: install "
             "lowrank[tensorboard], or set it to false"
+        )
+    if not settings.ranks.usual and settings.delta["name"] in ("head", "full"):
+        raise BadInput(
+            f"ranks={config['ranks']['name']} chooses ranks of corrections, and delta="
+            f"{settings.delta['name']} makes none: set ranks=uniform"
         )
     if settings.penalty.named and settings.delta["name"] in ("head", "full"):
         raise BadInput(
@@ -229,7 +243,9 @@ def _sweep(group: Any) -> SweepSpec:
     return plain(SweepSpec, group, "sweep")
 
 
-def make_rules(delta: Mapping[str, Any], head: str) -> list[AnyRule]:
+def make_rules(
+    delta: Mapping[str, Any], head: str, moved: Ranks = Ranks()
+) -> list[AnyRule]:
     """Rules for a delta group: `lora` and its kin, `full` or `head`.
 
     Args:
@@ -238,6 +254,7 @@ def make_rules(delta: Mapping[str, Any], head: str) -> list[AnyRule]:
         that they have instead, the first match first; 0 leaves them frozen. It changes
         ranks only of what `targets` cover, and no scale.
       head: Pattern of the weights trained in full beside the corrections.
+      moved: Says how many components are held where ranks move.
 
     Raises:
       BadInput: A field is unknown, missing or out of range.
@@ -258,9 +275,12 @@ def make_rules(delta: Mapping[str, Any], head: str) -> list[AnyRule]:
     if not isinstance(patterns, Sequence) or not patterns:
         raise BadInput(f"delta.targets must be one pattern or several, not {targets!r}")
     recipe = build(fields, DELTAS, "delta")
-    rest = [Rule(p, recipe, rank, optional=bool(ranks)) for p in patterns]
-    rule = lambda pattern, own: Rule(pattern, recipe, own, among=tuple(patterns))
-    chosen = [] if ranks is None else _ranks(ranks, rule)
+    rule = lambda pattern, own, **more: Rule(
+        pattern, recipe, own, moved.held(own), **more
+    )
+    rest = [rule(p, rank, optional=bool(ranks)) for p in patterns]
+    among = lambda pattern, own: rule(pattern, own, among=tuple(patterns))
+    chosen = [] if ranks is None else _ranks(ranks, among)
     return [Train(head, init="dense"), *chosen, *rest]
 
 
@@ -300,6 +320,8 @@ def _told(name: str, group: Any) -> Any:
     if not isinstance(group, Mapping):
         return group
     told = {key: value for key, value in group.items() if key not in left_out}
+    if name == "ranks":
+        told.setdefault("max_rank", None)
     if name == "optim":
         told = without_later(told, OPTIMIZERS[told["name"]])
     if name == "delta":

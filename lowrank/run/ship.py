@@ -3,14 +3,19 @@
 import logging
 from pathlib import Path
 
+import yaml
+
 from lowrank.core.arrays import Dials, Trained
 from lowrank.core.paths import matches
 from lowrank.deltas.base import Delta
 from lowrank.deltas.lora import LoRA
 from lowrank.io.adapter import collect
+from lowrank.io.files import write_atomically
 from lowrank.io.keymaps import hf_module, stacked_path
 from lowrank.io.peft import write_adapter
 from lowrank.run.prepare import Prepared
+from lowrank.run.ranks import final
+from lowrank.run.ranks_group import RANKS
 from lowrank.run.stored import write_trained
 
 logger = logging.getLogger(__name__)
@@ -59,13 +64,15 @@ model = PeftModel.from_pretrained(model, ADAPTER)"""
 
 
 def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) -> None:
-    """Writes `trained.safetensors`, and `adapter/` where PEFT has a word for it.
+    """Writes `trained.safetensors`, the ranks, and `adapter/` where PEFT has a word.
 
     PEFT knows LoRA on a model whose modules have Hugging Face names, with the head
     beside it; full fine-tuning, a head alone, or a base of another kind have none.
     """
     base, settings = prepared.base, prepared.settings
     write_trained(directory, trained, dials, {"base": base.fingerprint})
+    ranks = yaml.safe_dump(final(prepared.adapted, dials), sort_keys=False).encode()
+    write_atomically(directory / RANKS, lambda file: file.write(ranks))
     recipes: list[Delta] = []
     for path in prepared.adapted.sites:
         if prepared.adapted.recipe(path) not in recipes:

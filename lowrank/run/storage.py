@@ -20,8 +20,8 @@ from lowrank.track.jsonl import JsonlTracker
 from lowrank.train.state import TrainState
 
 #: What a trial has only because a neighbor has it, and then says "none of it": the
-#: weights of penalties, the dials of options.
-_NEIGHBORS = ("constants/", "dials/")
+#: weights of penalties, the dials of options, an allocator that moves no rank of it.
+_NEIGHBORS = ("constants/", "dials/", "ranks/")
 #: What all trials of a pack have in common.
 _SHARED = "step"
 #: Lists of the loop's memory with one entry per trial.

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lowrank.adapt.attach import Adapted, attach
+from lowrank.adapt.attach import Adapted
 from lowrank.core.arrays import Dials, Trained
 from lowrank.core.errors import BadInput, Corrupt
 from lowrank.core.trees import flatten, shapes_of
@@ -22,7 +22,7 @@ from lowrank.data.tokens import tokenize
 from lowrank.io.files import write_atomically
 from lowrank.io.hub import Base
 from lowrank.io.view import RecordView, load_record
-from lowrank.run.prepare import load_base, max_length
+from lowrank.run.prepare import adapt, load_base, max_length
 from lowrank.run.settings import Settings, read
 
 #: The trained tree and the dials of a run, in the run's own layout.
@@ -140,13 +140,7 @@ def load_run(directory: str | Path, *, cache: str | None = None) -> Run:
         "ids": jax.ShapeDtypeStruct((1, 8), jnp.int32),
         "mask": jax.ShapeDtypeStruct((1, 8), jnp.bool_),
     }
-    adapted = attach(
-        base.apply,
-        base.params,
-        example,
-        rules=settings.rules(base.head),
-        ref_rank=settings.ref_rank,
-    )
+    (adapted,) = adapt(base, [settings], example).alone
     trained = jax.eval_shape(adapted.init_trained, jax.random.key(0))
     like = {"trained": trained, "dials": shapes_of(adapted.dials())}
     record.check(TRAINED)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lowrank.allocate.recipes import Adaptive
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 
@@ -26,6 +27,8 @@ PACKABLE = (
     "optim.label_smoothing",
     "optim.b_ratio",
     "penalty.*",
+    "ranks.max_rank",
+    *(f"ranks.{name}" for name in sorted(Adaptive.dialled)),
     "seed",
 )
 

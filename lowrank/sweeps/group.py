@@ -18,7 +18,9 @@ from lowrank.run.sweep import PACKABLE
 #: Version of a pack's id; raised when equal trials would no longer continue it.
 PACK_VERSION = 1
 #: Leaves that say nothing about the compiled step, though trials may differ in them.
-_ASIDE = ("run.directory", "base.name")
+_ASIDE = ("run.directory", "base.name", "ranks.from")
+#: Packable leaves that ranks which are dealt out once follow from.
+_DEALT = ("delta.rank", "ranks.budget")
 _MAX_NAMED = 4
 
 
@@ -55,8 +57,9 @@ class Trial:
 
     @property
     def rank(self) -> int:
-        """The largest rank that was asked for; 0 where there is none."""
-        return self.settings.delta.get("rank") or 0
+        """Components that a layer holds for the usual rank; 0 where there is none."""
+        rank = self.settings.delta.get("rank") or 0
+        return self.settings.ranks.held(rank) or rank
 
 
 def static_key(settings: Settings) -> dict[str, Any]:
@@ -64,14 +67,20 @@ def static_key(settings: Settings) -> dict[str, Any]:
 
     Everything but `PACKABLE`: base, data, batches, schedule, targets, and whatever
     else decides shapes or branches of the program, or what the pack does as a whole.
+    Ranks that an allocator deals out once say which weights are corrected at all, so
+    there nothing that they follow from may differ.
     """
-    config = {name: part for name, part in settings.config.items() if name != "sweep"}
+    chosen = settings.ranks
+    dealt = () if chosen.usual or chosen.move else _DEALT
+    # As before there were others, ranks of the rules are not mentioned.
+    unsaid = ("sweep", "ranks") if chosen.usual else ("sweep",)
+    config = {n: part for n, part in settings.config.items() if n not in unsaid}
     found = {}
     for name, value in leaves(config).items():
         if name == "optim.clip":
             # No clipping is another program; any norm is a number to one program.
             found[name] = "none" if value is None else "a norm"
-        elif not is_packable(name) and name not in _ASIDE:
+        elif name not in _ASIDE and (not is_packable(name) or name in dealt):
             found[name] = value
     return found
 
@@ -84,12 +93,13 @@ def is_packable(name: str) -> bool:
 def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of a config by dotted name.
 
-    `delta.ranks` is one leaf: its keys are patterns, whose order counts.
+    `delta.ranks` is one leaf: its keys are patterns, whose order counts. So is
+    `ranks.ranks`, whose keys are names of layers.
     """
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if name == "delta.ranks" and isinstance(value, Mapping):
+        if name in ("delta.ranks", "ranks.ranks") and isinstance(value, Mapping):
             found[name] = [list(pair) for pair in value.items()]
         elif isinstance(value, Mapping) and value:
             found |= leaves(value, f"{name}.")

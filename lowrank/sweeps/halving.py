@@ -46,13 +46,14 @@ logger = logging.getLogger(__name__)
 _OWN = (NonFinite, BadInput)
 
 
-def earliest(trials: Sequence[Trial], rule: Halving) -> int:
+def earliest(trials: Sequence[Trial], rule: Halving, num_steps: int) -> int:
     """No trial may be cut before this step.
 
-    A trial whose ranks still move is not yet the trial that it will be. Whatever moves
-    them says here how long; so far that is only `sweep.halving.min_steps`.
+    A trial whose ranks still move is not yet the trial that it will be, and has no
+    best state either: the last ranks of all have trained for a step by then.
     """
-    return rule.min_steps if trials else 0
+    settled = [trial.settings.ranks.settled(num_steps) for trial in trials]
+    return max([rule.min_steps, *settled], default=0) if trials else 0
 
 
 class Race:
@@ -92,7 +93,7 @@ class Race:
             )
         self.num_steps = prepared.batches.num_steps
         every = settings.loop.evaluate_every or prepared.batches.steps_per_epoch
-        least = earliest(trials, rule)
+        least = earliest(trials, rule, self.num_steps)
         rungs = ladder(rule, len(trials), self.num_steps, every, least)
         ids = tuple(sorted(trial.id for trial in trials))
         self.every = every

@@ -19,6 +19,7 @@ import numpy as np
 from lowrank.core.errors import BadInput, NonFinite, Preempted
 from lowrank.core.spec import spec
 from lowrank.train.guard import NonFinitePolicy, StopSignal
+from lowrank.train.ranks import SOUND, unsound
 from lowrank.train.state import NO_VALUE, TrainState, settle
 from lowrank.train.watchdog import STEP
 
@@ -247,11 +248,17 @@ class Loop:
         self._events.timed(tuple(shape), now - self._clock)
         self._clock = now
         finite = values.pop("finite").astype(bool)
+        sound = values.pop(SOUND, np.ones_like(finite))
         live = _live(memory)
         for trial in live:
             row = {name: float(v[trial]) for name, v in values.items()}
             memory["window"][trial].append(row)
         action = self._decide(position, [t for t in live if not finite[t]], memory)
+        if stuck := [t for t in _live(memory) if not sound[t]]:
+            # Nothing that a later batch may cure: whatever the policy, the trial ends.
+            self._flush(position, memory, stuck)
+            self._fail(memory, position, {t: unsound(position, t) for t in stuck})
+            action = action if action == "rollback" else "end"
         if (position + 1) % self._settings.log_every == 0:
             self._flush(position, memory, _live(memory))
         text = f"loss {np.mean(values['loss'][live]):.4f}" if live else ""
@@ -269,15 +276,22 @@ class Loop:
             try:
                 actions.add(self._policy.decide(position, trial, seen))
             except NonFinite as error:
-                others = memory["ended"][:trial] + memory["ended"][trial + 1 :]
-                if all(one and one["failed"] for one in others):
-                    raise
-                logger.warning("trial %d ends: %s", trial, error)
-                self._end(memory, trial, position, str(error), failed=True)
+                self._fail(memory, position, {trial: error})
                 actions.add("end")
             memory["bad_steps"][trial] += 1
         # Every trial of a pack has the same policy.
         return next((a for a in ("rollback", "end", "skip") if a in actions), None)
+
+    def _fail(
+        self, memory: dict[str, Any], position: int, errors: Mapping[int, NonFinite]
+    ) -> None:
+        """Ends trials; raises the error of one without which none would be left."""
+        for trial, error in errors.items():
+            others = memory["ended"][:trial] + memory["ended"][trial + 1 :]
+            if all(one and one["failed"] for one in others):
+                raise error
+            logger.warning("trial %d ends: %s", trial, error)
+            self._end(memory, trial, position, str(error), failed=True)
 
     def _end(
         self, memory: dict[str, Any], trial: int, step: int, why: str, failed: bool

@@ -19,6 +19,7 @@ from jaxtyping import Array
 from lowrank.core.arrays import Frozen
 from lowrank.core.memory import give_back
 from lowrank.sharding import by_trial, trial_axis
+from lowrank.train.ranks import RankEvents
 from lowrank.train.state import TrainState, on_mesh
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 #: no faster for it. In turns they take 16 times as long as one (`make bench-sweep`).
 ENTRIES_AT_ONCE = 6144
 #: What the step does not read goes around it: no batching, no copies.
-_UNTOUCHED = ("best", "best_value", "best_step")
+_UNTOUCHED = ("best", "best_value", "best_step", "ranks")
 
 
 def over_trials(
@@ -38,6 +39,7 @@ def over_trials(
     num_trials: int,
     spmd_axis: str | None = None,
     entries_at_once: int | None = None,
+    ranks: RankEvents | None = None,
 ) -> Callable:
     """`step` for a whole pack: (frozen, state, batch) -> (state, metrics).
 
@@ -48,7 +50,40 @@ def over_trials(
         model says about the sharding of its arrays then holds for each trial.
       entries_at_once: Trials take turns if their batches have more entries together,
         as many at a time as fit and divide the pack; None: all run side by side.
+      ranks: How ranks move; None where none does. The step hands out what it asks for.
     """
+    hands_out = ranks is not None and ranks.of_gradients
+    stepped = _stepped(step, num_trials, spmd_axis, entries_at_once, hands_out)
+    if ranks is None:
+        return stepped
+
+    def over(function: Callable) -> Callable:
+        """A function of one trial's trees for those of all trials."""
+        if num_trials > 1:
+            return jax.vmap(function, spmd_axis_name=spmd_axis)
+        first = lambda x: x.reshape(x.shape[1:])
+        return lambda *trees: jax.tree.map(
+            lambda x: x[None], function(*jax.tree.map(first, trees))
+        )
+
+    def packed(frozen: Frozen, state: TrainState, batch: Mapping[str, Array]):
+        state = ranks.before(state)
+        after, metrics, *task = stepped(frozen, state, batch)
+        given = task[0] if task else {}
+        after = ranks.after(state, after, metrics["finite"], given, frozen, batch, over)
+        return after, {**metrics, **ranks.told(after)}
+
+    return packed
+
+
+def _stepped(
+    step: Callable,
+    num_trials: int,
+    spmd_axis: str | None,
+    entries_at_once: int | None,
+    hands_out: bool,
+) -> Callable:
+    """The step of all trials, and nothing around it."""
 
     def packed(frozen: Frozen, state: TrainState, batch: Mapping[str, Array]):
         fields = dict(vars(state))
@@ -56,27 +91,29 @@ def over_trials(
 
         def one(fields: dict[str, Any], batch: Mapping[str, Array]):
             whole = TrainState(**fields, **dict.fromkeys(_UNTOUCHED))
-            after, metrics = step(frozen, whole, batch)
-            return {name: getattr(after, name) for name in fields}, metrics
+            after, *told = step(frozen, whole, batch)
+            return {name: getattr(after, name) for name in fields}, *told
 
         if num_trials == 1:
             alone = _but_step(lambda x: x.reshape(x.shape[1:]), fields)
             one_batch = {name: x.reshape(x.shape[1:]) for name, x in batch.items()}
-            moved, metrics = one(alone, one_batch)
+            moved, metrics, *task = one(alone, one_batch)
             moved = _but_step(lambda x: x[None], moved)
             metrics = {name: x[None] for name, x in metrics.items()}
+            task = jax.tree.map(lambda x: x[None], task)
         elif (at_once := _at_once(batch, num_trials, entries_at_once)) < num_trials:
             own = {name: value for name, value in fields.items() if name != "step"}
             turn = lambda given: one({"step": fields["step"], **given[0]}, given[1])
-            moved, metrics = jax.lax.map(turn, (own, batch), batch_size=at_once)
+            moved, metrics, *task = jax.lax.map(turn, (own, batch), batch_size=at_once)
             moved["step"] = moved["step"][0]
         else:
             axes = {name: None if name == "step" else 0 for name in fields}
+            out = (axes, 0, 0) if hands_out else (axes, 0)
             run = jax.vmap(
-                one, in_axes=(axes, 0), out_axes=(axes, 0), spmd_axis_name=spmd_axis
+                one, in_axes=(axes, 0), out_axes=out, spmd_axis_name=spmd_axis
             )
-            moved, metrics = run(fields, batch)
-        return TrainState(**moved, **aside), metrics
+            moved, metrics, *task = run(fields, batch)
+        return TrainState(**moved, **aside), metrics, *task
 
     return packed
 
@@ -90,12 +127,15 @@ def _at_once(batch: Mapping[str, Array], num_trials: int, entries: int | None) -
     return max(n for n in range(1, num_trials + 1) if num_trials % n == 0 and n <= most)
 
 
-def on_devices(step: Callable, num_trials: int, mesh: Mesh) -> Callable:
+def on_devices(
+    step: Callable, num_trials: int, mesh: Mesh, ranks: RankEvents | None = None
+) -> Callable:
     """`over_trials` as the mesh wants it."""
     axis = trial_axis(mesh)
     # Devices that share the trials out have few of them each, or are no CPUs.
     alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return over_trials(step, num_trials, axis, ENTRIES_AT_ONCE if alone else None)
+    entries = ENTRIES_AT_ONCE if alone else None
+    return over_trials(step, num_trials, axis, entries, ranks)
 
 
 def jitted(packed: Callable, mesh: Mesh) -> Any:
@@ -131,6 +171,7 @@ class Pack:
         put: Callable[[Mapping[str, np.ndarray]], Mapping[str, Array]],
         num_trials: int,
         mesh: Mesh,
+        ranks: RankEvents | None = None,
     ):
         """Compiles `step` for every batch in `shapes`.
 
@@ -142,12 +183,13 @@ class Pack:
           put: Moves a host batch onto the devices.
           num_trials: Trials in the pack.
           mesh: Where the state lies, and the metrics that come out.
+          ranks: How ranks move, if they do.
         """
         self._put = put
         self.frozen = frozen
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.shapes = {_key(batch): batch for batch in shapes}
-        self.packed = on_devices(step, num_trials, mesh)
+        self.packed = on_devices(step, num_trials, mesh, ranks)
         program = jitted(self.packed, mesh)
         give_back()
         began = time.perf_counter()

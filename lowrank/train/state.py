@@ -28,7 +28,7 @@ NO_VALUE = float(np.finfo(np.float32).min)
     jax.tree_util.register_dataclass,
     data_fields=[
         "step", "trained", "opt", "dials", "constants", "key", "best", "best_value",
-        "best_step", "skipped", "live",
+        "best_step", "skipped", "live", "ranks",
     ],
     meta_fields=[],
 )  # fmt: skip
@@ -46,6 +46,7 @@ class TrainState:
       skipped: Steps whose loss or gradient was not finite.
       live: Whether the trial still trains: one that ended stands still, while its
         neighbors in the pack go on.
+      ranks: What allocators remember, see `train.ranks`; empty where no rank moves.
     """
 
     # Leaves may also be shapes, shardings or axes, as in any tree: hence Any.
@@ -60,6 +61,7 @@ class TrainState:
     best_step: Any
     skipped: Any
     live: Any
+    ranks: Any
 
     def replace(self, **changes: Any) -> "TrainState":
         return dataclasses.replace(self, **changes)
@@ -79,6 +81,7 @@ def start(
     weights: Sequence[Mapping[str, float]] = (),
     roles: Roles | None = None,
     ages: bool = False,
+    ranks: Callable[[Trained], Any] = lambda trained: {},
 ) -> TrainState:
     """The state of a pack before its first step.
 
@@ -91,6 +94,7 @@ def start(
       weights: Further constants, one mapping per trial: weights of penalties.
       roles: What the axes of the factors are for; ages need them.
       ages: Whether components have ages, as the step is told; see `transformation`.
+      ranks: Trained trees of all trials -> what the state holds for allocators.
     """
     count = len(seeds)
     tables = optimizers.tables(optims)
@@ -117,6 +121,7 @@ def start(
             best_step=jnp.full(count, -1, jnp.int32),
             skipped=jnp.zeros(count, jnp.int32),
             live=jnp.ones(count, bool),
+            ranks=ranks(trained),
         )
 
     keys = jnp.stack([trial_key(seed) for seed in seeds])
@@ -141,6 +146,9 @@ def settle(
 ) -> TrainState:
     """Keeps the trained tree of every trial whose validation value is a new best.
 
+    Where ranks move, only what trained with the last ones may be the best: earlier
+    states have more components than the budget, and other gates than those that stay.
+
     Args:
       state: Donated; what comes out lies where it lay.
       values: Validation values, the largest the best; the lowest float, `NO_VALUE`,
@@ -159,6 +167,8 @@ def _settling(shared: Sharding, own: Sharding) -> Callable[..., TrainState]:
 
 def _settled(state: TrainState, values: Array, live: Array) -> TrainState:
     better = values > state.best_value
+    if state.ranks:
+        better &= state.step > state.ranks["constants"]["end"]
 
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(better.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)

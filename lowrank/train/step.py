@@ -28,7 +28,8 @@ def make_step(
     imposed: Imposed = Imposed(),
     roles: Roles | None = None,
     ages: bool = False,
-) -> Callable[[Frozen, TrainState, Mapping[str, Array]], tuple[TrainState, dict]]:
+    hands_out: bool = False,
+) -> Callable[[Frozen, TrainState, Mapping[str, Array]], tuple]:
     """Builds `step(frozen, state, batch) -> (state, metrics)` for one trial.
 
     A step whose loss or gradient norm is not finite changes nothing but the counters:
@@ -48,6 +49,8 @@ def make_step(
       roles: What the axes of the factors are for; ages and `b_ratio` need them.
       ages: Whether components count their updates each for itself, as where gates open
         in mid-run they must; the state is made with them.
+      hands_out: Whether the step returns (state, metrics, the task's gradient), the
+        mean over the batch before penalties and clipping, for allocators that ask.
     """
 
     def objective(trained: Trained, frozen: Frozen, state: TrainState, batch, key):
@@ -114,11 +117,12 @@ def make_step(
             **added,
             **settled,
         }
-        return state.replace(
+        after = state.replace(
             step=state.step + 1,
             trained=jax.tree.map(keep, trained, state.trained),
             opt=jax.tree.map(keep, opt, state.opt),
             skipped=state.skipped + (~finite & state.live).astype(state.skipped.dtype),
-        ), metrics
+        )
+        return (after, metrics, task) if hands_out else (after, metrics)
 
     return step

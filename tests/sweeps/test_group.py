@@ -42,6 +42,24 @@ OTHER = {
     "optim.b_ratio": "16.0",
     "seed": "7",
 }
+#: The same for leaves of allocators that move ranks.
+OF_RANKS = {
+    "ranks.max_rank": "32",
+    "ranks.schedule": "linear",
+    "ranks.budget": "30",
+    "ranks.start": "1.5",
+    "ranks.begin": "5",
+    "ranks.end": "0.5",
+    "ranks.every": "10",
+    "ranks.decay": "0.5",
+    "ranks.deviation_decay": "0.5",
+    "ranks.rho": "2.0",
+    "ranks.add": "2",
+    "ranks.at_once": "3",
+    "ranks.moves": "2",
+    "ranks.pool": "1",
+    "ranks.threshold": "0.5",
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +102,28 @@ def test_a_packable_leaf_is_no_part_of_the_static_key(trial, name):
     assert one.key == two.key
 
 
+@pytest.mark.parametrize("name", OF_RANKS)
+def test_a_number_of_an_allocator_is_none_either(trial, name):
+    one, two = trial("ranks=norm"), trial("ranks=norm", f"{name}={OF_RANKS[name]}")
+    assert one.id != two.id
+    assert one.key == two.key
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["ranks=random", "ranks.selector=proportional", "ranks.unit=parameters",
+     "ranks.mode=revivable", "ranks.measure_every=2", "ranks.normaliser=layer"],
+)  # fmt: skip
+def test_the_pieces_of_an_allocator_are(trial, override):
+    assert trial("ranks=norm").key != trial("ranks=norm", override).key
+
+
+def test_ranks_dealt_out_once_share_no_pack_with_others(trial):
+    assert trial("ranks=ramp").key != trial("ranks=ramp", "delta.rank=4").key
+    assert trial("ranks=ramp").key != trial("ranks=ramp", "ranks.budget=30").key
+    assert trial("ranks=ramp").key == trial("ranks=ramp", "seed=1").key
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -112,7 +152,7 @@ def test_neither_the_sweep_nor_the_directory_is_part_of_it(trial):
 
 
 def test_every_packable_name_is_a_leaf_or_a_group_of_its_own(trial):
-    known = set(OTHER) | {"delta.rank_dropout", "penalty.*"}
+    known = {*OTHER, *OF_RANKS} | {"delta.rank_dropout", "penalty.*"}
     assert set(PACKABLE) == known, "a new one needs a row in OTHER"
     assert is_packable("penalty.anything")
     assert not is_packable("data.seed")

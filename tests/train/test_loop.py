@@ -33,6 +33,7 @@ def begun():
         best_step=jnp.array([-1]),
         skipped=jnp.zeros(1, jnp.int32),
         live=jnp.ones(1, bool),
+        ranks={},
     )
 
 

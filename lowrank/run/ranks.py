@@ -1,0 +1,226 @@
+"""Ranks in a run: what competes, how trials share an allocator, what is left of it.
+
+`allocate` knows layouts and `adapt` knows sites; here the one becomes the other.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lowrank.adapt.attach import Adapted
+from lowrank.adapt.rules import AnyRule, Rule, Train
+from lowrank.allocate import allocation as allocations
+from lowrank.allocate.fixed import Uniform
+from lowrank.allocate.recipes import Adaptive, Allocator
+from lowrank.allocate.slots import Competitor, Slots
+from lowrank.core.arrays import Dials
+from lowrank.core.errors import BadInput, NonFinite
+from lowrank.train.ranks import Gauge, RankEvents
+from lowrank.train.state import TrainState
+
+#: Signals that a step can measure of corrections which are sums of thin products.
+_OF_SIZE = frozenset({"norms", "spectrum"})
+_OF_GATES = frozenset({"gate_gradient", "gate_fisher"})
+MEASURED = frozenset({"factors", "gradients"}) | _OF_SIZE | _OF_GATES
+
+
+def slots_of(
+    adapted: Adapted,
+    dials: Dials | None = None,
+    most: Callable[[str], int] | None = None,
+    held: Callable[[str], int] | None = None,
+) -> Slots:
+    """What competes in a model: every layer of every corrected weight.
+
+    A layer that the rules freeze stays frozen: its largest rank is zero.
+
+    Args:
+      adapted: The model.
+      dials: A trial's, whose open gates are its ranks; the model's own by default.
+      most: Path -> the largest rank of a layer; by default what is held.
+      held: Path -> components held; by default those of the model.
+
+    Raises:
+      BadInput: A correction has no gates.
+    """
+    dials = adapted.dials() if dials is None else dials
+    held = adapted.max_rank if held is None else held
+    most = held if most is None else most
+    found = []
+    for path, site in adapted.sites.items():
+        if "gate" not in dials[path]:
+            raise BadInput(
+                f"ranks are gates that open and shut, and the correction of {path!r} "
+                f"by {type(adapted.recipe(path)).__name__} has none: set ranks=uniform"
+            )
+        gate = np.asarray(dials[path]["gate"])
+        ranks = tuple(int(n) for n in (gate != 0).sum(axis=-1).reshape(-1))
+        top = min(most(path), held(path))
+        found.append(
+            Competitor(
+                path=path,
+                max_rank=held(path),
+                cost=site.d_in + site.d_out,
+                ranks=ranks,
+                stack=site.stack_shape,
+                names=site.layer_paths,
+                flops=site.flops_per_rank / site.num_layers,
+                most=tuple(top if rank else 0 for rank in ranks),
+            )
+        )
+    return Slots(found)
+
+
+def rank_events(
+    adapted: Adapted,
+    allocators: Sequence[Allocator],
+    slots: Sequence[Slots],
+    num_steps: int,
+    gauge: Gauge,
+) -> RankEvents:
+    """What allocators do to a pack.
+
+    Args:
+      adapted: The model in the common shape.
+      allocators, slots: One per trial.
+      num_steps: Of the whole training.
+      gauge: From `train.examples`, for signals that need it.
+
+    Raises:
+      BadInput: Budget, bounds, window and ranks do not go together, a signal cannot be
+        measured, or the trials cannot share a program.
+    """
+    each = [one.on(own, num_steps) for one, own in zip(allocators, slots, strict=True)]
+    whole, constants = allocations.pack(each)
+    where = f"the {len(adapted.sites)} corrections of this model in training"
+    whole.check_available(MEASURED, where)
+    return RankEvents(
+        allocation=whole,
+        constants=constants,
+        zeroed={path: _zeroed(adapted, path) for path in adapted.sites},
+        thin=adapted.thin() if whole.needs & _OF_SIZE else {},
+        roles=adapted.roles(),
+        gauge=gauge if whole.needs & _OF_GATES else None,
+    )
+
+
+def begun(
+    adapted: Adapted,
+    allocators: Sequence[Allocator],
+    slots: Sequence[Slots] | None,
+    dials: Sequence[Dials] | None,
+    num_steps: int,
+    gauge: Gauge,
+) -> tuple[RankEvents | None, Sequence[Dials] | None]:
+    """How ranks of a pack move, and the dials that its trials begin with.
+
+    Where all ranks are those of the rules, and where they are others that stay, there
+    are no events: such a pack runs the program, and holds the state, of any other.
+
+    Raises:
+      BadInput: See `rank_events`; or there is not one layout per trial.
+    """
+    if all(one == Uniform() for one in allocators):
+        return None, dials
+    given = [adapted.dials()] * len(allocators) if dials is None else dials
+    own = [slots_of(adapted, one) for one in given] if slots is None else slots
+    if len(own) != len(allocators):
+        raise BadInput(
+            f"{len(allocators)} trials have {len(own)} layouts of what competes; give "
+            "one each"
+        )
+    events = rank_events(adapted, allocators, own, num_steps, gauge)
+    moves = events.allocation.program.importance is not None
+    return events if moves else None, events.opened(given)
+
+
+def check_settled(
+    events: RankEvents | None, state: TrainState, ended: Sequence[Any]
+) -> None:
+    """Refuses a run that was over before its ranks were final.
+
+    Raises:
+      NonFinite: So many batches were skipped by rollbacks.
+    """
+    if events is None:
+        return
+    for trial, why in enumerate(ended):
+        last = int(events.constants["end"][trial])
+        if why is None and int(state.step) <= last:
+            raise NonFinite(
+                f"trial {trial} took {int(state.step)} steps, since rollbacks skipped "
+                f"batches, and its ranks are final at step {last}: set an earlier "
+                "ranks.end, or cure what is not finite (optim.lr, optim.clip)"
+            )
+
+
+def over_time(events: RankEvents, state: TrainState, trial: int) -> dict[str, Any]:
+    """The ranks that a trial kept: "steps", and path -> (steps, *stack).
+
+    The first row is what the first step began with; then one row per event.
+    """
+    slots, history = events.allocation.slots, state.ranks["history"]
+    count = int(history["count"][trial])
+    due = np.flatnonzero(events.constants["due"][trial])[:count]
+    rows = np.asarray(history["ranks"][trial, :count])
+    rows = np.concatenate([events.constants["ranks"][trial][None], rows])
+    found: dict[str, Any] = {"steps": np.array([0, *due], np.int32)}
+    start = 0
+    for one in slots.competitors:
+        stop = start + one.num_layers
+        found[one.path] = rows[:, start:stop].reshape(len(rows), *one.stack)
+        start = stop
+    return found
+
+
+def final(adapted: Adapted, dials: Dials) -> dict[str, int]:
+    """Open components of every layer, by its name."""
+    found = {}
+    for path, site in adapted.sites.items():
+        if "gate" in dials[path]:
+            ranks = (np.asarray(dials[path]["gate"]) != 0).sum(axis=-1).reshape(-1)
+            named = zip(site.layer_paths, ranks, strict=True)
+            found |= {name: int(rank) for name, rank in named}
+    return found
+
+
+def settled_rules(
+    allocator: Allocator, alone: Adapted, rules: Sequence[AnyRule]
+) -> list[AnyRule]:
+    """Rules that give the ranks of an allocator which never moves them.
+
+    So a run with other ranks is a run with other rules: it holds as many components as
+    it has, and a layer of rank 0 costs nothing. The scale stays, see `ref_rank`.
+
+    Args:
+      allocator: Not an adaptive one.
+      alone: The trial's model under its own rules.
+      rules: These.
+
+    Raises:
+      BadInput: The ranks do not fit the model.
+    """
+    if allocator == Uniform() or isinstance(allocator, Adaptive):
+        return list(rules)
+    slots = slots_of(alone, held=lambda path: alone.sites[path].largest_rank)
+    ranks = slots.named(allocator.on(slots, 1).constants["ranks"])
+    whole: list[AnyRule] = [rule for rule in rules if isinstance(rule, Train)]
+    return whole + [
+        Rule(name, alone.recipe(path), ranks[name])
+        for path, site in alone.sites.items()
+        for name in site.layer_paths
+        if ranks[name]
+    ]
+
+
+def _zeroed(adapted: Adapted, path: str) -> str:
+    """The factor that is zero in a component which says nothing: b."""
+    linear = adapted.recipe(path).linear
+    if "out" not in linear:
+        raise BadInput(
+            f"the correction of {path!r} by {type(adapted.recipe(path)).__name__} is "
+            "not linear in a factor along the outputs, which a birth would set to "
+            "zero: set ranks=uniform, or correct the weight with LoRA"
+        )
+    return linear["out"]

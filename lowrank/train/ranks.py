@@ -1,0 +1,328 @@
+"""Ranks that move: what an allocator does to a pack, around its vmapped step.
+
+    before step t   events of those trials that are due: gates, factors, moments, ages
+    step t          with these gates; it knows nothing of allocators
+    after step t    what the step measured, of those trials that measure
+
+An event is named by the step that follows, and a measurement is of what its step
+computed with: the factors before their update, and the task's gradient at them.
+
+All of it stands outside the map over trials, under conditions on all of them at once: a
+condition inside would compute both branches, in every step. So a step pays only for
+what it does, and only what an event may change passes through its condition.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from lowrank.allocate import signals, transitions
+from lowrank.allocate.allocation import Allocation
+from lowrank.allocate.importance import Memory, Signals
+from lowrank.allocate.selectors import GAINING
+from lowrank.allocate.slots import Slots
+from lowrank.core.arrays import Dials, Frozen, Key, Roles, Trained
+from lowrank.core.errors import NonFinite
+from lowrank.deltas.thin import Thin
+from lowrank.train import aging
+from lowrank.train.state import TrainState
+
+#: Whether every importance was a number so far: of the metrics, for the loop alone.
+SOUND = "sound"
+#: (frozen, trained, dials, constants, batch) -> {"gate_gradient", "gate_fisher"}, each
+#: path -> (*stack, max_rank): see `train.examples`.
+Gauge = Callable[..., Mapping[str, Mapping[str, Array]]]
+#: (function of one trial, its arguments with an axis of trials) -> results with one.
+MapTrials = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RankEvents:
+    """How the ranks of a pack move.
+
+    Attributes:
+      allocation: The allocator on the layout of the pack.
+      constants: Its numbers, with an axis of trials.
+      zeroed: Path -> the factor that is zero in a component that says nothing.
+      thin: How corrections are read, by path; for signals that look at their size.
+      roles: What the axes of the factors are for; births ask for it.
+      gauge: Measures gates example by example; for signals that need it.
+    """
+
+    allocation: Allocation
+    constants: Mapping[str, np.ndarray]
+    zeroed: Mapping[str, str]
+    thin: Mapping[str, Thin] = dataclasses.field(default_factory=dict)
+    roles: Roles = dataclasses.field(default_factory=dict)
+    gauge: Gauge | None = None
+
+    @property
+    def births(self) -> bool:
+        """Whether gates may open in mid-run, so that components need ages."""
+        return self.allocation.program.selector in GAINING
+
+    @property
+    def of_gradients(self) -> bool:
+        """Whether the step has to hand out the task's gradient."""
+        return "gradients" in self.allocation.needs
+
+    @property
+    def _slots(self) -> Slots:
+        return self.allocation.slots
+
+    def opened(self, dials: Sequence[Dials]) -> list[dict[str, dict[str, Any]]]:
+        """Every trial's dials with the gates of its first step."""
+        found = []
+        for trial, own in enumerate(dials):
+            constants = {name: value[trial] for name, value in self.constants.items()}
+            gates = self._slots.parts(self.allocation.gates(constants))
+            found.append(_with_gates(own, gates))
+        return found
+
+    def begin(self, trained: Trained) -> dict[str, Any]:
+        """What a pack's state holds for its allocator before the first step.
+
+        Args:
+          trained: Of all trials, with their axis.
+
+        Returns:
+          "memory" of the allocator, the "constants" of every trial, and the "history":
+          the ranks of every layer after each event that was. A vector of components
+          rests as path -> (*stack, max_rank), whose meaning does not depend on how many
+          components the neighbors in a pack make a trial hold.
+        """
+        events = max(int(np.asarray(self.constants["due"]).sum(axis=-1).max()), 1)
+
+        def one(trained: Trained) -> dict[str, Any]:
+            history = {
+                "ranks": jnp.zeros((events, self._slots.num_layers), jnp.int32),
+                "count": jnp.int32(0),
+            }
+            memory = self._rest(self.allocation.init(trained))
+            return {"memory": memory, "history": history}
+
+        constants = {name: jnp.asarray(x) for name, x in self.constants.items()}
+        return {**jax.vmap(one)(trained), "constants": constants}
+
+    def before(self, state: TrainState) -> TrainState:
+        """The state after the events that are due; a trial that has ended has none."""
+        constants = state.ranks["constants"]
+        due = jax.vmap(lambda own: self.allocation.due(state.step, own))(constants)
+        due &= state.live
+        changing: dict[str, Any] = {
+            "gates": {path: state.dials[path]["gate"] for path in self._slots.paths},
+            "memory": state.ranks["memory"],
+            "history": state.ranks["history"],
+        }
+        if self.births or self.allocation.program.revivable:
+            changing["trained"] = {p: state.trained[p] for p in self._slots.paths}
+        if self.births:
+            changing["opt"] = state.opt
+
+        def run(old: dict[str, Any]) -> dict[str, Any]:
+            one = lambda own, key, c: self._event(own, key, state.step, c)
+            return _where(due, jax.vmap(one)(old, state.key, constants), old)
+
+        new = lax.cond(jnp.any(due), run, lambda old: old, changing)
+        ranks = {name: new[name] for name in ("memory", "history")}
+        return state.replace(
+            dials=_with_gates(state.dials, new["gates"]),
+            trained={**state.trained, **new.get("trained", {})},
+            opt=new.get("opt", state.opt),
+            ranks={**state.ranks, **ranks},
+        )
+
+    def _event(
+        self, own: dict[str, Any], key: Key, step: Array, constants: Mapping
+    ) -> dict[str, Any]:
+        """The event of one trial, whether or not it is due."""
+        slots, allocation = self._slots, self.allocation
+        gates, memory = allocation.event(
+            self._flat(own["memory"]), slots.flat(own["gates"]), step, key, constants
+        )
+        found = {
+            **own,
+            "gates": slots.parts(gates),
+            "memory": self._rest(memory),
+            "history": _written(own["history"], slots.open_ranks(memory["kept"])),
+        }
+        if self.births:
+            born = {
+                path: transitions.change(own["gates"][path], gate).born
+                for path, gate in found["gates"].items()
+            }
+            found["trained"] = {
+                path: transitions.reborn(factors, born[path], self.zeroed[path])
+                for path, factors in own["trained"].items()
+            }
+            found["opt"] = aging.reborn(own["opt"], born, self.roles)
+        if allocation.program.revivable:
+            kept = slots.parts(memory["kept"])
+            found["trained"] = {
+                path: transitions.revivable(factors, kept[path], self.zeroed[path])
+                for path, factors in own["trained"].items()
+            }
+        return found
+
+    def after(
+        self,
+        before: TrainState,
+        after: TrainState,
+        finite: Bool[Array, " trials"],
+        gradients: Trained,
+        frozen: Frozen,
+        batch: Mapping[str, Array],
+        over: MapTrials,
+    ) -> TrainState:
+        """The state with what the step has measured.
+
+        A step that is not finite tells nothing, and neither does one of a trial that
+        has ended.
+
+        Args:
+          before: What the step computed with.
+          after: What came of it.
+          finite: Of each trial, whether its step was.
+          gradients: Of the task, if they are asked for.
+          frozen: The base.
+          batch: Of all trials.
+          over: Maps over trials.
+        """
+        ranks = before.ranks
+        one = lambda own: self.allocation.measures(before.step, own)
+        due = jax.vmap(one)(ranks["constants"]) & before.live & finite
+
+        def run(memory: Any) -> Any:
+            def observe(own, trained, dials, constants, gradients, weights, batch):
+                given = self._signals(frozen, trained, dials, gradients, weights, batch)
+                seen = self.allocation.observe(
+                    self._flat(own), given, before.step, constants
+                )
+                return self._rest(seen)
+
+            new = over(observe)(
+                memory, before.trained, before.dials, ranks["constants"], gradients,
+                before.constants, batch,
+            )  # fmt: skip
+            return _where(due, new, memory)
+
+        memory = lax.cond(jnp.any(due), run, lambda own: own, ranks["memory"])
+        return after.replace(ranks={**ranks, "memory": memory})
+
+    def _signals(
+        self,
+        frozen: Frozen,
+        trained: Trained,
+        dials: Dials,
+        gradients: Trained,
+        constants: Mapping[str, Array],
+        batch: Mapping[str, Array],
+    ) -> Signals:
+        """The signals that are needed, of one trial."""
+        needs, slots = self.allocation.needs, self._slots
+        found: dict[str, Any] = {}
+        if "factors" in needs:
+            found["factors"] = {path: trained[path] for path in slots.paths}
+        if "gradients" in needs:
+            found["gradients"] = {path: gradients[path] for path in slots.paths}
+        for name, of in (("norms", signals.norms), ("spectrum", signals.spectrum)):
+            if name in needs:
+                found[name] = slots.flat(
+                    {
+                        path: of(thin.terms(trained[path], dials[path])).reshape(
+                            dials[path]["gate"].shape
+                        )
+                        for path, thin in self.thin.items()
+                    }
+                )
+        if self.gauge is not None:
+            measured = self.gauge(frozen, trained, dials, constants, batch)
+            found |= {n: slots.flat(x) for n, x in measured.items() if n in needs}
+        return found
+
+    def told(self, state: TrainState) -> dict[str, Array]:
+        """What a step reports, of every trial.
+
+        "ranks/budget" counts what the last event kept, "ranks/forward_budget" what the
+        step computes with, both in the budget's unit.
+        """
+        slots = self._slots
+        one = self.allocation.program.unit == "components"
+        price = np.ones_like(slots.cost) if one else slots.cost
+        price = jnp.asarray(price[slots.layer], jnp.int32)
+
+        def count(dials: Dials, memory: Any) -> dict[str, Array]:
+            gates = slots.flat({p: dials[p]["gate"] for p in slots.paths}) != 0
+            memory = self._flat(memory)
+            kept = gates & (memory["kept"] != 0)
+            spent = lambda held: jnp.sum(jnp.where(held, price, 0))
+            return {
+                "ranks/budget": spent(kept),
+                "ranks/forward_budget": spent(gates),
+                SOUND: memory["sound"],
+            }
+
+        return jax.vmap(count)(state.dials, state.ranks["memory"])
+
+    def _rest(self, memory: Memory) -> Any:
+        """Vectors of components by path, as a state holds them."""
+
+        def parted(x: Array) -> Any:
+            if x.shape != (self._slots.num_components,):
+                return x
+            parts = self._slots.parts(x.astype(jnp.float32))
+            return {path: part.astype(x.dtype) for path, part in parts.items()}
+
+        return jax.tree.map(parted, dict(memory))
+
+    def _flat(self, rest: Any) -> Memory:
+        """The inverse of `_rest`."""
+        paths = {*self._slots.paths}
+
+        def is_vector(x: Any) -> bool:
+            named = isinstance(x, Mapping) and {*x} == paths
+            return named and not any(isinstance(own, Mapping) for own in x.values())
+
+        join = lambda x: self._restored(x) if is_vector(x) else x
+        return jax.tree.map(join, rest, is_leaf=is_vector)
+
+    def _restored(self, parts: Mapping[str, Array]) -> Array:
+        kind = next(iter(parts.values())).dtype
+        return self._slots.flat(parts).astype(kind)
+
+
+def unsound(position: int, trial: int) -> NonFinite:
+    """The error of a trial whose event had nothing to go by."""
+    return NonFinite(
+        f"the ranks of trial {trial} cannot be chosen before step {position}: the "
+        "importance of a component is not a finite number, or nothing was measured "
+        "yet. No rank was moved, and the last checkpoint is good. Lower optim.lr, or "
+        "set another ranks.importance, a later ranks.begin or a smaller "
+        "ranks.measure_every."
+    )
+
+
+def _with_gates(dials: Dials, gates: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        path: {**own, "gate": gates[path].astype(own["gate"].dtype)}
+        if path in gates
+        else dict(own)
+        for path, own in dials.items()
+    }
+
+
+def _written(history: Mapping[str, Array], ranks: Int[Array, " layers"]) -> Any:
+    at = history["count"]
+    return {"ranks": history["ranks"].at[at].set(ranks), "count": at + 1}
+
+
+def _where(mask: Bool[Array, " trials"], new: Any, old: Any) -> Any:
+    """`new` of the trials in the mask, `old` of the others."""
+    wide = lambda x: mask.reshape(mask.shape + (1,) * (x.ndim - 1))
+    return jax.tree.map(lambda n, o: jnp.where(wide(n), n, o), new, old)

@@ -1,0 +1,215 @@
+"""Gates example by example: by differences, by a loop, and with a silent padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from test_ranks import HELD, LAYERS, OPTIM, RANK, STEPS, WINDOW, World, best, make
+
+from lowrank.allocate.recipes import AdaLoRA, Adaptive, Fisher
+from lowrank.core.errors import BadInput
+from lowrank.train.examples import check_examples_apart, gauge
+from lowrank.train.losses import cross_entropy
+from lowrank.train.penalties import Penalties, impose
+from lowrank.train.step import make_step
+
+CONSTANTS = {"label_smoothing": jnp.float32(0.1)}
+
+
+def disturbed(trained):
+    leaves, structure = jax.tree.flatten(trained)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return structure.unflatten(
+        [
+            x + 0.3 * jax.random.normal(k, x.shape)
+            for k, x in zip(keys, leaves, strict=True)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def world():
+    adapted = make()
+    frozen, trained = adapted.init(jax.random.key(0))
+    return adapted, frozen, disturbed(trained), adapted.dials()
+
+
+def loss_of(world, batch):
+    adapted, frozen, trained, dials = world
+    model, batch = toy.model_of(adapted), toy.on_device(batch)
+
+    def loss(gates):
+        own = {path: {**dials[path], "gate": gate} for path, gate in gates.items()}
+        outputs = model(frozen, trained, batch, dials=own, key=None)
+        return cross_entropy(outputs, batch, CONSTANTS)
+
+    return jax.jit(loss), {path: own["gate"] for path, own in dials.items()}
+
+
+def measured(world, batch, accumulate=1, one_in=1):
+    adapted, *trees = world
+    run = gauge(toy.model_of(adapted), cross_entropy, accumulate, one_in)
+    return jax.jit(run)(*trees, CONSTANTS, toy.on_device(batch))
+
+
+def test_the_gate_gradient_is_the_slope_of_the_loss(world):
+    batch = toy.batch(3)
+    found = measured(world, batch)["gate_gradient"]
+    loss, gates = loss_of(world, batch)
+    for path, at in (("stack", (1, 1)), ("stack", (2, 0)), ("up", (1,)), ("up", (3,))):
+        values = [
+            float(loss({**gates, path: gates[path].at[at].add(step)}).loss) / 8
+            for step in (1e-2, -1e-2)
+        ]
+        slope = (values[0] - values[1]) / 2e-2
+        assert float(found[path][at]) == pytest.approx(slope, rel=2e-2, abs=2e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gate_fisher_is_a_loop_over_examples(world, accumulate):
+    batch = toy.batch(5, padding=2)
+    squares, total = 0.0, 0.0
+    for row in range(6):
+        alone = {name: x[row : row + 1] for name, x in batch.items()}
+        loss, gates = loss_of(world, alone)
+        slope = jax.grad(lambda g, loss=loss: loss(g).loss)(gates)
+        total = jax.tree.map(lambda a, b: a + b, slope, total) if row else slope
+        square = jax.tree.map(jnp.square, slope)
+        squares = jax.tree.map(lambda a, b: a + b, square, squares) if row else square
+    found = measured(world, batch, accumulate)
+    for path in ("stack", "up"):
+        for name, sums in (("gate_gradient", total), ("gate_fisher", squares)):
+            np.testing.assert_allclose(
+                found[name][path], sums[path] / 6, rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_one_row_in_so_many_is_measured(world, accumulate):
+    batch = toy.batch(5, padding=3)
+    few = {name: x[::3] for name, x in batch.items()}
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
+        measured(world, batch, accumulate, one_in=3),
+        measured(world, few),
+    )
+
+
+def test_padding_without_a_number_is_silent(world):
+    batch = toy.batch(5, padding=2)
+    batch["mask"][6:] = False  # A mean over nothing.
+    clean = measured(world, toy.batch(5, padding=2))
+    found = measured(world, batch)
+    jax.tree.map(np.testing.assert_array_equal, found, clean)
+
+
+def test_models_that_couple_examples_are_refused(world):
+    adapted, frozen, _, dials = world
+    model = toy.model_of(adapted)
+    trees = frozen, adapted.init_trained(jax.random.key(0)), dials, CONSTANTS
+    batch = toy.batch(1)
+    check_examples_apart(model, cross_entropy, *trees, batch)
+
+    def normed(frozen, trained, batch, dials, key):
+        x = model(frozen, trained, batch, dials=dials, key=key)
+        return (x - x.mean(axis=0, keepdims=True)) / (x.std(axis=0, keepdims=True) + 1)
+
+    with pytest.raises(BadInput, match="lets examples of a batch meet"):
+        check_examples_apart(normed, cross_entropy, *trees, batch)
+
+
+def test_gates_by_fisher_are_a_replay_on_the_host():
+    world = World(Fisher(**WINDOW), Fisher(**{**WINDOW, "decay": 0.5, "begin": 4}))
+    run = gauge(toy.model_of(world.adapted), cross_entropy)
+    trees = (None, 0, 0, 0, 0)
+    alone = jax.jit(jax.vmap(run, in_axes=trees))
+    total = LAYERS * HELD + HELD
+    gates, means, counts = np.ones((2, total)), np.zeros((2, total)), 0
+    for at, before, after, _ in world.states():
+        for trial in range(2):
+            constants = world.constants(trial)
+            if constants["due"][at]:
+                seen = means[trial] / (1 - float(constants["decay"]) ** counts)
+                budget = int(constants["budget"][at])
+                gates[trial] = best(seen, gates[trial], budget)
+            np.testing.assert_array_equal(world.flat(after, trial), gates[trial])
+        if at % 2 == 0 and at < 17:
+            found = alone(
+                world.frozen, before.trained, after.dials, before.constants,
+                world.batch(at),
+            )["gate_fisher"]  # fmt: skip
+            flat = np.concatenate(
+                [np.asarray(found[p]).reshape(2, -1) for p in ("stack", "up")], axis=1
+            )
+            for trial in range(2):
+                decay = float(world.constants(trial)["decay"])
+                means[trial] = decay * means[trial] + (1 - decay) * flat[trial]
+            counts += 1
+    assert gates.sum(axis=1).tolist() == [RANK * (LAYERS + 1)] * 2
+    assert world.traced == 1
+
+
+def test_sensitivity_sees_the_task_alone_and_its_own_step():
+    fields = {"importance": "sensitivity", **WINDOW, "measure_every": 1}
+    world = World(Adaptive(**fields))
+    # Neither a penalty nor the clipping may leak in.
+    adapted = world.adapted
+    imposed = impose([Penalties(frobenius=0.1)], adapted.sites, adapted.thin)
+    model = toy.model_of(adapted)
+    step = make_step(
+        model, cross_entropy, OPTIM, STEPS, False, adapted.active, imposed,
+        adapted.roles(), hands_out=True,
+    )  # fmt: skip
+    state = world.run(steps=3)
+    constants = {**state.constants, "frobenius": jnp.float32([0.1])}
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    step_state = state.replace(constants=constants)
+    alone = first(step_state.replace(step=state.step[None]))
+    batch = first(world.batch(3))
+    _, metrics, task = jax.jit(step)(world.frozen, alone, batch)
+
+    def mean(trained):
+        outputs = model(world.frozen, trained, batch, dials=alone.dials, key=None)
+        sums = cross_entropy(outputs, batch, alone.constants)
+        return sums.loss / sums.weight
+
+    grads = jax.grad(mean)(alone.trained)
+    assert float(metrics["penalty/frobenius"]) > 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), task, grads
+    )
+    before = first(state.ranks["memory"]["importance"])
+    (_, _, after, _) = next(world.states(start=3, steps=4))
+    found = first(after.ranks["memory"]["importance"])
+    for path in ("stack", "up"):
+        for name in ("a", "b"):
+            w, g = alone.trained[path][name], grads[path][name]
+            size = np.abs(np.asarray(w) * np.asarray(g))
+            wanted = 0.9 * np.asarray(before["mean"][path][name]) + 0.1 * size
+            np.testing.assert_allclose(
+                found["mean"][path][name], wanted, rtol=1e-4, atol=1e-8
+            )
+    assert all((np.asarray(n) == 4).all() for n in found["count"].values())
+
+
+def test_revivable_components_come_back_until_the_last_event():
+    world = World(AdaLoRA(**{**WINDOW, "measure_every": 1}))
+    total = RANK * (LAYERS + 1)
+    revived = 0
+    for at, before, after, metrics in world.states():
+        constants = world.constants()
+        shown = int(metrics["ranks/forward_budget"][0])
+        assert shown == (total * 3 // 2 if at < 17 else total)
+        assert int(metrics["ranks/budget"][0]) == constants["budget"][at]
+        if constants["due"][at] and at < 17:
+            moved = world.ranks.before(before)
+            for path in ("stack", "up"):
+                kept = np.asarray(moved.ranks["memory"]["kept"][path]) != 0
+                lost = ~kept & (np.asarray(moved.dials[path]["gate"]) != 0)
+                assert not np.asarray(moved.trained[path]["b"])[lost].any()
+                revived += (
+                    (np.asarray(after.trained[path]["b"])[lost] != 0).any(-1).sum()
+                )
+    assert revived > 0
+    assert world.flat(world.state).sum() == total
