@@ -192,6 +192,34 @@ def test_a_custom_rule_fed_by_a_weight_is_reported(caplog):
     assert not caplog.records
 
 
+def test_attach_checks_one_use_of_each_kind_and_apply_computes_all():
+    met = []
+
+    class Picky(LoRA):
+        def __call__(self, call):
+            met.append(call.transposed)
+            if call.transposed:
+                raise BadInput("not along its outputs")
+            return super().__call__(call)
+
+    weights = {name: jnp.eye(6) * size for size, name in enumerate("abcd", 2)}
+    rules = [Rule("*", Picky(), rank=2)]
+    like = lambda p, x: x @ p["a"] @ p["b"] @ p["c"] @ p["d"]
+    adapted = attach(like, weights, X, rules=rules)
+    assert len(met) == 1, "four products of one shape are one kind"
+    frozen, trained, dials = loud(adapted)
+    adapted.apply(frozen, trained, X, dials=dials)
+    assert len(met) == 5
+    # Of the same shape all over, but a weight is summed along its other axis.
+    tied = lambda p, x: lax.dot_general(like(p, x), p["d"], (((1,), (1,)), ((), ())))
+    with pytest.raises(BadInput, match="not along its outputs"):
+        attach(tied, weights, X, rules=rules)
+    # Another input, another kind: a delta may look at it.
+    met.clear()
+    attach(lambda p, x: like(p, x) + like(p, x[:1]), weights, X, rules=rules)
+    assert len(met) == 2
+
+
 def test_a_start_depends_on_nothing_but_its_name():
     """Not on max_rank, not on what else is adapted, not on other layers' number."""
     params = {"w": W, "v": W.T, "s": jnp.ones((3, 6, 6))}
