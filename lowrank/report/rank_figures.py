@@ -96,7 +96,8 @@ def budget_over_time(history: RankHistory) -> Drawing:
             (edges[-1], averages["used"]), (0, 3), textcoords="offset points",
             ha="right", color=_USED, fontsize=8,
         )  # fmt: skip
-        top.set_ylim(0, 1.08 * float(budget[["target", "used", "forward"]].max().max()))
+        highest = float(budget[["target", "used", "forward"]].max().max())
+        top.set_ylim(0, 1.08 * max(highest, 1.0))
         top.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         top.set_ylabel(f"budget, {history.unit}")
         figure.legend(loc="outside upper left", ncols=1)
@@ -134,7 +135,8 @@ def final_ranks(history: RankHistory) -> Drawing:
         if len(depths) <= _TOLD and height / len(kinds) > _LABEL:
             _write_cells(axes, grid, colors, norm)
         _name_rows(axes, kinds, [""] * len(kinds), height / len(kinds))
-        every = math.ceil(0.16 * len(depths) / width)
+        letters = max(map(len, depths))
+        every = math.ceil((0.1 + 0.08 * letters) * len(depths) / width)
         axes.set_xticks(range(0, len(depths), every), depths[::every])
         axes.set_xlabel("layer" if depths != [""] else "")
         _rank_bar(figure, axes, colors, norm, most)
@@ -257,10 +259,14 @@ def _name_rows(
     axes.tick_params(axis="y", length=0, pad=20 if numbered else 3, labelsize=size)
     if numbered:
         step = max(math.ceil(_LABEL / inches), 1)
-        # Counted within each kind, so that all kinds show the same numbers.
-        rows = [a + i for a, b in zip(starts, ends, strict=True) for i in range(b - a)]
-        own = [at - max(s for s in starts if s <= at) for at in rows]
-        picked = [at for at, place in zip(rows, own, strict=True) if place % step == 0]
+        # Counted within each kind, so that all kinds show the same numbers, none of
+        # them close to the first one of the next kind.
+        picked = [
+            at
+            for a, b in zip(starts, ends, strict=True)
+            for at in range(a, b, step)
+            if at == a or b - at >= step
+        ]
         # A number in the middle of a kind stands where the kind's name does.
         axes.yaxis.remove_overlapping_locs = False
         axes.set_yticks(picked, [depths[at] for at in picked], minor=True)
