@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
+from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from lowrank.io.history import RankHistory
+from lowrank.report.arms import numbers
 from lowrank.report.drawing import STYLE, Drawing
 
 #: Of a layer that has no correction left.
@@ -222,7 +223,7 @@ def _edges(
 def _colors(most: int) -> tuple[ListedColormap, BoundaryNorm]:
     """A step of viridis per rank, and grey for 0."""
     steps = mpl.colormaps["viridis"](np.linspace(0.05, 1, max(most, 1)))
-    colors = ListedColormap([mpl.colors.to_rgba(_NONE), *map(tuple, steps)])
+    colors = ListedColormap([to_rgba(_NONE), *map(tuple, steps)])
     return colors, BoundaryNorm(np.arange(max(most, 1) + 2) - 0.5, colors.N)
 
 
@@ -293,15 +294,15 @@ def _moves_panel(
     axes: Axes, history: RankHistory, edges: Float64[np.ndarray, " edges"]
 ) -> None:
     """Births and revivals upward, deaths downward, at the step of their event."""
-    moves = history.moves.groupby("event")[["births", "deaths", "revivals"]].sum()
-    moves = moves.reindex(range(1, history.num_events + 1), fill_value=0)
+    events = history.moves["event"].to_numpy()
     steps = history.steps[1:]
     gaps = np.diff(steps)[np.diff(steps) > 0]
     span = edges[-1] - edges[0]
     width = min(0.7 * gaps.min(initial=span / 12), span / 12)
     base = np.zeros(history.num_events)
     for name, color, sign in _MOVES:
-        values = sign * moves[name].to_numpy()
+        moved = numbers(history.moves, name)
+        values = sign * np.bincount(events, moved, history.num_events + 1)[1:]
         if values.any():
             below = base if sign > 0 else np.zeros_like(base)
             axes.bar(steps, values, width, bottom=below, color=color, label=name)
@@ -312,7 +313,7 @@ def _moves_panel(
     axes.set_ylabel("moved, components")
     _step_axis(axes)
     axes.set_xlim(edges[0], edges[-1])
-    if moves.to_numpy().any():
+    if len(events):
         axes.legend(loc="best", ncols=3)
 
 

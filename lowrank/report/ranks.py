@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +14,7 @@ from rich.table import Table
 from lowrank.core.errors import Corrupt
 from lowrank.io.files import write_atomically
 from lowrank.io.history import RankHistory, load_ranks
-from lowrank.report.arms import records
+from lowrank.report.arms import numbers, records
 from lowrank.report.drawing import Drawing
 from lowrank.report.rank_figures import amount, draw_ranks
 
@@ -124,7 +125,11 @@ def _title(history: RankHistory) -> str:
     status = history.record.status
     name = (history.record.config.get("ranks") or {}).get("name", "ranks")
     trial = status["identity"].get("config", history.record.directory)
-    return f"Trial {trial}: ranks={name}, {history.num_events} events"
+    return f"Trial {trial}: ranks={name}, {_events(history)}"
+
+
+def _events(history: RankHistory) -> str:
+    return f"{history.num_events:,} event{'' if history.num_events == 1 else 's'}"
 
 
 def _budget(history: RankHistory) -> str:
@@ -140,15 +145,15 @@ def _budget(history: RankHistory) -> str:
 
 def _head(history: RankHistory) -> str:
     summary = history.summary
-    totals = {name: int(summary[name].sum()) for name in ("births", "deaths")}
-    totals["revivals"] = int(summary["revivals"].sum())
+    told = [f"{numbers(summary, name).sum():,.0f} {name}" for name in _FIELDS[3:]]
     steps = history.steps[1:].tolist()
-    events = f"{len(steps)} events"
+    events = _events(history)
     if steps:
         events += (
             f", before steps {steps[0]:,} to {steps[-1]:,} of {history.num_steps:,}"
         )
-    empty = int((summary["final"] == 0).sum())
+    empty = np.sum(numbers(summary, "final") == 0)
+    moved = np.sum(numbers(summary, "moved") > 0)
     return "\n".join(
         [
             f"# {_title(history)}",
@@ -156,9 +161,8 @@ def _head(history: RankHistory) -> str:
             f"- {_capital(_budget(history))}; the schedule asked for "
             f"{history.target[0]:,} to {history.target[-1]:,}.",
             f"- {_capital(events)}.",
-            f"- {totals['births']:,} births, {totals['deaths']:,} deaths, "
-            f"{totals['revivals']:,} revivals; {int((summary['moved'] > 0).sum())} of "
-            f"{len(summary)} layers moved, {empty} ended with rank 0.",
+            f"- {', '.join(told)}; {moved} of {len(summary)} layers moved, {empty} "
+            "ended with rank 0.",
             "",
             "Train from the start with the final ranks, at the same scale:",
             "",
