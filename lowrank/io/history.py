@@ -142,8 +142,8 @@ class RankHistory:
 
         Columns: "event", "step", "layer", "site", "births" (components that were shut
         and start from zero), "deaths" (kept before, not any more), "revivals" (kept
-        again with the values they had, or found again by training). Rank after = rank
-        before + births + revivals - deaths. Only where losers are revivable is there a
+        again, having trained behind an open gate meanwhile). Rank after = rank before
+        + births + revivals - deaths. Only where losers are revivable is there a
         revival; elsewhere one that returns is born like any other.
         """
         event, layer = np.nonzero(self.gained + self.lost)

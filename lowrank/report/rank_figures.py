@@ -65,8 +65,8 @@ def ranks_over_time(history: RankHistory) -> Drawing:
         _step_axis(axes)
         _rank_bar(figure, axes, colors, norm, most)
     note = (
-        f"Components that each layer kept, from each of {history.num_events} events to "
-        f"the next; grey: none.{_left_out(kinds)}"
+        "Components that each layer kept, from event to event; grey: none."
+        f"{_left_out(kinds)}"
     )
     return Drawing("ranks_over_time", "Rank per layer over time", note, figure)
 
