@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lowrank.adapt.rules import Freeze, Rule, Train
     from lowrank.adapt.sites import discover
     from lowrank.deltas.lora import LoRA
+    from lowrank.io.history import load_ranks
     from lowrank.run.fit import fit
     from lowrank.run.stored import load_run, predict
     from lowrank.sweeps.load import load_sweep
@@ -28,6 +29,7 @@ _HOMES = {
     "discover": "lowrank.adapt.sites",
     "fit": "lowrank.run.fit",
     "from_nnx": "lowrank.adapt.nnx",
+    "load_ranks": "lowrank.io.history",
     "load_run": "lowrank.run.stored",
     "load_sweep": "lowrank.sweeps.load",
     "predict": "lowrank.run.stored",
@@ -43,6 +45,7 @@ __all__ = [
     "discover",
     "fit",
     "from_nnx",
+    "load_ranks",
     "load_run",
     "load_sweep",
     "predict",

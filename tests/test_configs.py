@@ -128,6 +128,10 @@ def test_the_file_of_reports_shows_every_field():
     assert ReportSpec(**given) == ReportSpec(directory="x")
 
 
+def test_the_file_of_ranks_asks_for_a_run():
+    assert composed("ranks", "directory=x") == {"directory": "x"}
+
+
 def test_the_file_of_sites_shows_every_field():
     config = composed("sites")
     assert {*config} == {"base", "plugins", *fields_of(Survey)}

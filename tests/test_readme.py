@@ -50,7 +50,7 @@ def test_commands_compose(command):
     if "-m" in command[3:]:
         # The first trial of the sweep.
         overrides = [one.split(",")[0] for one in overrides]
-    name = door if door in ("evaluate", "report", "sites") else "config"
+    name = door if door in ("evaluate", "ranks", "report", "sites") else "config"
     config = composed(name, *overrides)
     if door == "train":
         assert read(config).trial_id

@@ -4,7 +4,7 @@
     config.yaml        as resolved, without secrets
     environment.json   of the last attempt; environment-1.json of the first, and so on
     metrics.jsonl      see `lowrank.track.jsonl`
-    costs.json  ranks.npz  ranks.yaml  predictions/<split>.npz  checkpoints/  adapter/
+    costs.json  ranks.npz  ranks.yaml  moves.json  predictions/  checkpoints/  adapter/
     SHA256SUMS         of a finished run's files, in the form of `sha256sum`
     result.json        written last; who finds it need not run again
 

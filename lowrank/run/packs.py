@@ -28,12 +28,13 @@ from lowrank.core.spec import digest
 from lowrank.core.trees import fingerprint
 from lowrank.io.checkpoints import Checkpoints
 from lowrank.io.files import write_atomically
+from lowrank.io.history import MOVES
 from lowrank.io.record import Record
 from lowrank.run.fit import Fit, check_plan, fit
 from lowrank.run.forward import Batch
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
 from lowrank.run.preview import lowered
-from lowrank.run.ranks import over_time
+from lowrank.run.ranks import moves, over_time
 from lowrank.run.results import Results, flat_numbers
 from lowrank.run.settings import Settings
 from lowrank.run.ship import ship
@@ -300,6 +301,7 @@ def _finish(
     if fitted.events is not None and prepared.trials[number].settings.ranks.move:
         moved = over_time(fitted.events, fitted.state, number)
         record.save_arrays("ranks", **_flat(moved))
+        record.write_json(MOVES, moves(fitted.events, fitted.state, number))
     ship(record.directory, prepared.trials[number], *results.trees(number))
     # The result comes last and seals what is there; a kill in between drops the
     # summary with the metrics behind the last checkpoint.

@@ -16,6 +16,7 @@ from lowrank.allocate.recipes import Adaptive, Allocator
 from lowrank.allocate.slots import Competitor, Slots
 from lowrank.core.arrays import Dials
 from lowrank.core.errors import BadInput, NonFinite
+from lowrank.io.history import MOVES_SCHEMA
 from lowrank.train.ranks import Gauge, RankEvents
 from lowrank.train.state import TrainState
 
@@ -161,17 +162,50 @@ def over_time(events: RankEvents, state: TrainState, trial: int) -> dict[str, An
     The first row is what the first step began with; then one row per event.
     """
     slots, history = events.allocation.slots, state.ranks["history"]
-    count = int(history["count"][trial])
-    due = np.flatnonzero(events.constants["due"][trial])[:count]
-    rows = np.asarray(history["ranks"][trial, :count])
+    steps = _event_steps(events, state, trial)
+    rows = np.asarray(history["ranks"][trial, : len(steps) - 1])
     rows = np.concatenate([events.constants["ranks"][trial][None], rows])
-    found: dict[str, Any] = {"steps": np.array([0, *due], np.int32)}
+    found: dict[str, Any] = {"steps": steps}
     start = 0
     for one in slots.competitors:
         stop = start + one.num_layers
         found[one.path] = rows[:, start:stop].reshape(len(rows), *one.stack)
         start = stop
     return found
+
+
+def moves(events: RankEvents, state: TrainState, trial: int) -> dict[str, Any]:
+    """What `over_time` does not say, as `io.history` reads it: budgets and exchanges.
+
+    Returns:
+      "sites", path -> how many layers it has and the parameters of a component of one;
+      "unit" of budgets; whether losers were "revivable", and until which step, "end";
+      "target", the budget at each row of `over_time`; "gained", layer -> components
+      that each event added, which the change of its rank does not tell where others
+      went.
+    """
+    program, slots = events.allocation.program, events.allocation.slots
+    steps = _event_steps(events, state, trial)
+    gained = np.asarray(state.ranks["history"]["gained"][trial, : len(steps) - 1])
+    return {
+        "schema": MOVES_SCHEMA,
+        "unit": program.unit,
+        "revivable": program.revivable,
+        "end": int(events.constants["end"][trial]),
+        "target": events.constants["budget"][trial][steps].tolist(),
+        "sites": {
+            one.path: {"layers": one.num_layers, "cost": one.cost}
+            for one in slots.competitors
+        },
+        "gained": dict(zip(slots.names, gained.T.tolist(), strict=True)),
+    }
+
+
+def _event_steps(events: RankEvents, state: TrainState, trial: int) -> np.ndarray:
+    """0, then the step that followed each event that was."""
+    count = int(state.ranks["history"]["count"][trial])
+    due = np.flatnonzero(events.constants["due"][trial])[:count]
+    return np.array([0, *due], np.int32)
 
 
 def final(adapted: Adapted, dials: Dials) -> dict[str, int]:

@@ -20,6 +20,7 @@ from lowrank.data.pipeline import eval_batches
 from lowrank.data.splits import Split
 from lowrank.data.tokens import tokenize
 from lowrank.io.files import write_atomically
+from lowrank.io.history import RankHistory, read_history
 from lowrank.io.hub import Base
 from lowrank.io.view import RecordView, load_record
 from lowrank.run.prepare import adapt, load_base, max_length
@@ -55,6 +56,16 @@ class Run:
         """Logits of a batch of "ids" and "mask"."""
         inputs = {"ids": jnp.asarray(batch["ids"]), "mask": jnp.asarray(batch["mask"])}
         return np.asarray(self._program(self.adapted.frozen(), inputs))
+
+    @property
+    def ranks(self) -> RankHistory:
+        """How its ranks moved; see `lowrank.load_ranks`, which loads no base.
+
+        Raises:
+          BadInput: They were fixed.
+          Corrupt: A file is damaged.
+        """
+        return read_history(self.record)
 
     @property
     def _program(self):

@@ -93,17 +93,16 @@ class RankEvents:
 
         Returns:
           "memory" of the allocator, the "constants" of every trial, and the "history":
-          the ranks of every layer after each event that was. A vector of components
-          rests as path -> (*stack, max_rank), whose meaning does not depend on how many
-          components the neighbors in a pack make a trial hold.
+          of every layer, after each event that was, the rank and the components that
+          were not kept before it. A vector of components rests as path -> (*stack,
+          max_rank), whose meaning does not depend on how many components the neighbors
+          in a pack make a trial hold.
         """
         events = max(int(np.asarray(self.constants["due"]).sum(axis=-1).max()), 1)
 
         def one(trained: Trained) -> dict[str, Any]:
-            history = {
-                "ranks": jnp.zeros((events, self._slots.num_layers), jnp.int32),
-                "count": jnp.int32(0),
-            }
+            blank = jnp.zeros((events, self._slots.num_layers), jnp.int32)
+            history = {"ranks": blank, "gained": blank, "count": jnp.int32(0)}
             memory = self._rest(self.allocation.init(trained))
             return {"memory": memory, "history": history}
 
@@ -143,14 +142,19 @@ class RankEvents:
     ) -> dict[str, Any]:
         """The event of one trial, whether or not it is due."""
         slots, allocation = self._slots, self.allocation
-        gates, memory = allocation.event(
-            self._flat(own["memory"]), slots.flat(own["gates"]), step, key, constants
-        )
+        before, shown = self._flat(own["memory"]), slots.flat(own["gates"])
+        gates, memory = allocation.event(before, shown, step, key, constants)
+        # At first all are kept, the shut ones too.
+        gained = memory["kept"] * ((before["kept"] == 0) | (shown == 0))
         found = {
             **own,
             "gates": slots.parts(gates),
             "memory": self._rest(memory),
-            "history": _written(own["history"], slots.open_ranks(memory["kept"])),
+            "history": _written(
+                own["history"],
+                ranks=slots.open_ranks(memory["kept"]),
+                gained=slots.open_ranks(gained),
+            ),
         }
         if self.births:
             born = {
@@ -317,9 +321,10 @@ def _with_gates(dials: Dials, gates: Mapping[str, Any]) -> dict[str, dict[str, A
     }
 
 
-def _written(history: Mapping[str, Array], ranks: Int[Array, " layers"]) -> Any:
+def _written(history: Mapping[str, Array], **row: Int[Array, " layers"]) -> Any:
     at = history["count"]
-    return {"ranks": history["ranks"].at[at].set(ranks), "count": at + 1}
+    rows = {name: history[name].at[at].set(values) for name, values in row.items()}
+    return {**rows, "count": at + 1}
 
 
 def _where(mask: Bool[Array, " trials"], new: Any, old: Any) -> Any:

@@ -1,6 +1,7 @@
 """Ranks that move, in runs: within their budget, resumed, recorded, fed back."""
 
 import dataclasses
+import shlex
 
 import jax
 import numpy as np
@@ -9,15 +10,18 @@ import yaml
 from safetensors.numpy import load_file
 from tiny_run import counting_compilations, metric_rows
 
+from experiments import ranks as ranks_door
 from lowrank.allocate.fixed import Given, Uniform
 from lowrank.allocate.recipes import AdaLoRA, Norm
-from lowrank.core.errors import BadInput, NonFinite, Preempted, UnknownName
+from lowrank.core.errors import BAD_INPUT, BadInput, NonFinite, Preempted, UnknownName
 from lowrank.core.trees import fingerprint
 from lowrank.data.pipeline import TrainPipeline
+from lowrank.io.history import load_ranks
 from lowrank.run.fit import fit
 from lowrank.run.prepare import prepare, prepare_pack
 from lowrank.run.ranks import final
 from lowrank.run.settings import read
+from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
 from lowrank.sharding import MeshSpec
 from lowrank.train.loop import LoopSpec
@@ -195,9 +199,9 @@ def test_an_importance_that_is_no_number_ends_the_run(fitter, monkeypatch):
 @pytest.fixture(scope="module")
 def run(world):
     # So few that some layers are left with none.
-    few = "ranks.budget=10"
-    config = world.config("ranks=norm", *ARGUMENTS, few, "loop.log_every=1")
-    result = run_trial(config)
+    given = ["ranks=norm", *ARGUMENTS, "ranks.budget=10", "loop.log_every=1"]
+    config = world.config(*given)
+    result = run_trial(config, given)
     return world.runs / result["trial"], result, config
 
 
@@ -246,6 +250,54 @@ def test_final_ranks_are_fed_back_at_the_same_scale(world, run):
     stored = dict(read(config).config)
     stored["ranks"] = {**stored["ranks"], "from": "/nowhere"}
     assert read(stored).trial_id == read(config).trial_id
+
+
+def test_the_history_of_a_run_agrees_with_its_log_and_its_files(run):
+    directory, result, _ = run
+    found = load_ranks(directory)
+    final = yaml.safe_load((directory / "ranks.yaml").read_text())
+    assert found.final == final
+    assert found.steps.tolist() == [0, *EVENTS]
+    assert found.num_steps == result["steps"]
+    rows = metric_rows(directory)
+    told = [row["train/ranks/budget"] for row in rows if "train/ranks/budget" in row]
+    used = found.budget
+    assert np.repeat(used["used"], used["duration"]).tolist() == told
+    assert found.averages["used"] == pytest.approx(np.mean(told))
+    assert used["target"].tolist() == used["used"].tolist(), "met exactly"
+    assert found.moves["deaths"].sum() == told[0] - told[-1]
+    assert found.moves[["births", "revivals"]].sum().sum() == 0
+    opened = load_run(directory)
+    assert opened.ranks.final == final
+
+
+def test_a_command_tells_the_ranks_and_the_line_it_gives_retrains(
+    world, run, monkeypatch, capfd
+):
+    directory, _, config = run
+    monkeypatch.setattr("sys.argv", ["ranks", f"directory={directory}"])
+    monkeypatch.setenv("COLUMNS", "300")
+    ranks_door.main()
+    shown = capfd.readouterr().out
+    for name, rank in load_ranks(directory).final.items():
+        (row,) = [line for line in shown.split("\n") if name in line]
+        assert row.split("│")[3].strip() == str(rank)
+    (line,) = [line for line in shown.split("\n") if "experiments.train" in line]
+    again = prepare(read(world.config(*shlex.split(line)[3:])))
+    assert {n: r for n, r in load_ranks(directory).final.items() if r} == {
+        n: r for n, r in again.adapted.ranks.items() if r
+    }
+    wanted, given = (
+        {k: v for k, v in read(one.config).config.items() if k not in ("ranks", "run")}
+        for one in (read(config), again.settings)
+    )
+    assert wanted == given, "the control differs in its ranks alone"
+    assert (directory / "ranks" / "ranks.md").exists()
+    monkeypatch.setattr("sys.argv", ["ranks", f"directory={world.runs}"])
+    with pytest.raises(SystemExit) as stop:
+        ranks_door.main()
+    assert stop.value.code == BAD_INPUT
+    assert "not the directory of a run" in " ".join(capfd.readouterr().err.split())
 
 
 def test_ranks_of_no_run_are_refused(world, tmp_path):

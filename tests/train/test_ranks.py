@@ -11,13 +11,10 @@ import toy
 from lowrank.adapt.attach import attach
 from lowrank.adapt.rules import Rule, Train
 from lowrank.allocate.fixed import Uniform
-from lowrank.allocate.recipes import (
-    Growth,
-    Norm,
-)
+from lowrank.allocate.recipes import Growth, Norm, Random
 from lowrank.deltas.lora import LoRA
 from lowrank.run.forward import inputs_of
-from lowrank.run.ranks import rank_events, slots_of
+from lowrank.run.ranks import moves, rank_events, slots_of
 from lowrank.train import state as states
 from lowrank.train.aging import Aged
 from lowrank.train.examples import gauge
@@ -236,6 +233,43 @@ def test_a_birth_changes_no_output():
             np.testing.assert_array_equal(output(moved), output(before))
             events += born.sum()
     assert events == RANK * (LAYERS + 1) // 2
+
+
+@pytest.mark.parametrize(
+    "allocator",
+    [
+        Norm(**WINDOW),
+        Random(**WINDOW, mode="revivable"),
+        Growth(**WINDOW, importance="norm"),
+        Random(**WINDOW, selector="swap", start=1.0, schedule="constant"),
+    ],
+    ids=["prune", "revive", "grow", "swap"],
+)
+def test_the_history_tells_what_each_event_added(allocator):
+    world = World(allocator)
+    slots = world.ranks.allocation.slots
+    by_layer = lambda x: [x[slots.layer == n].sum() for n in range(slots.num_layers)]
+
+    def kept(state):
+        parts = state.ranks["memory"]["kept"]
+        return np.asarray(slots.flat({p: parts[p][0] for p in slots.paths})) != 0
+
+    expected, ranks, now = [], [], world.flat(world.state) != 0
+    for at, _, after, _ in world.states():
+        if world.constants()["due"][at]:
+            was, now = now, kept(after) & (world.flat(after) != 0)
+            expected.append(by_layer(now & ~was))
+            ranks.append(by_layer(now))
+    history = jax.tree.map(lambda x: np.asarray(x[0]), world.state.ranks["history"])
+    np.testing.assert_array_equal(history["gained"], expected)
+    np.testing.assert_array_equal(history["ranks"], ranks)
+    told = moves(world.ranks, world.state, 0)
+    assert [*zip(*told["gained"].values(), strict=True)] == [*map(tuple, expected)]
+    assert told["sites"]["stack"]["layers"] == LAYERS
+    budget = world.constants()["budget"]
+    assert told["target"] == [budget[t] for t in (0, 5, 8, 11, 14, 17)]
+    gains = np.sum(expected)
+    assert (gains == 0) == (allocator.selector == "top" and allocator.mode == "hard")
 
 
 @pytest.mark.slow  # Runs show it, in tests/run/test_rank_runs.py.
