@@ -10,7 +10,7 @@ import numpy as np
 from experiments.ranks_protocol import verdicts
 from experiments.ranks_protocol.arms import BASELINE, ORACLE
 from experiments.ranks_protocol.settings import Protocol, shown
-from experiments.ranks_protocol.study import SCHEMA
+from experiments.ranks_protocol.training import SCHEMA
 from experiments.ranks_protocol.verdicts import Outcome, Records, Study
 from lowrank.evaluate.compare import Comparison
 from lowrank.io.files import write_atomically, write_json_atomically

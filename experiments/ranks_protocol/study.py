@@ -13,9 +13,6 @@ numbers of one that was not.
 """
 
 import contextlib
-import dataclasses
-import functools
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +21,17 @@ from typing import Any
 import numpy as np
 
 from experiments.ranks_protocol import arms as all_arms
-from experiments.ranks_protocol import measures
 from experiments.ranks_protocol.arms import ARMS, Place
 from experiments.ranks_protocol.settings import Protocol
 from experiments.ranks_protocol.tasks import Task, chosen
+from experiments.ranks_protocol.training import (
+    SCHEMA,
+    Record,
+    Trial,
+    failed,
+    slots_for,
+    train,
+)
 from lowrank.allocate.fixed import Shuffled
 from lowrank.allocate.recipes import Allocator
 from lowrank.core.errors import BadInput, Corrupt, NonFinite
@@ -40,42 +44,9 @@ from lowrank.io.files import (
     remove_unfinished,
     write_json_atomically,
 )
-from lowrank.run.fit import Fit, fit
-from lowrank.run.ranks import final, slots_of
-from lowrank.train.guard import NonFinitePolicy
-from lowrank.train.loop import LoopSpec
-from lowrank.train.optim import AdamW
 
-logger = logging.getLogger(__name__)
-
-#: Version of what a training does and of what its record says.
-SCHEMA = 1
 #: Told (task, arm or phase, trial-steps done).
 Tick = Callable[[str, int], None]
-Record = dict[str, Any]
-_TICKS = 20
-# Models are asked for again and again, and so is what competes in them.
-_slots = functools.lru_cache(maxsize=32)(slots_of)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One training.
-
-    Attributes:
-      arm, seed, rate: Its place in the protocol.
-      allocator: How its ranks are chosen.
-    """
-
-    arm: str
-    seed: int
-    rate: float
-    allocator: Allocator
-
-    @property
-    def file(self) -> str:
-        """Name of its record, within its pack."""
-        return f"{self.arm}-seed{self.seed}-lr{self.rate:g}.json"
 
 
 def num_trials(protocol: Protocol) -> int:
@@ -94,7 +65,7 @@ def check(protocol: Protocol) -> None:
     all_arms.check(protocol)
     for task in chosen(protocol.tasks):
         for seed in (*protocol.tuned, *protocol.judged):
-            slots = _slots(task.model(seed, protocol))
+            slots = slots_for(task.model(seed, protocol))
             for arm in _own(task, protocol):
                 if not ARMS[arm].needs:
                     made = _allocator(task, arm, seed, protocol, None)
@@ -226,7 +197,7 @@ def _allocator(
     protocol: Protocol,
     ranks: Mapping[str, int] | None,
 ) -> Allocator:
-    slots = _slots(task.model(seed, protocol))
+    slots = slots_for(task.model(seed, protocol))
     knows = task.truth(seed, protocol) if ARMS[arm].knows else None
     budget = task.budget(seed, slots, protocol)
     place = Place(slots, budget, task.unit, knows, ranks, seed)
@@ -246,7 +217,7 @@ def _trained(
     able = []
     for trial in trials:
         if why := _impossible(task, trial, protocol):
-            found[trial.arm].append(_failed(task, trial, why))
+            found[trial.arm].append(failed(task, trial, why))
             tick(f"{task.name}: {phase}", protocol.steps)
         else:
             able.append(trial)
@@ -274,7 +245,7 @@ def _impossible(task: Task, trial: Trial, protocol: Protocol) -> str | None:
     if not isinstance(trial.allocator, Shuffled):
         return None
     try:
-        trial.allocator.on(_slots(task.model(trial.seed, protocol)), protocol.steps)
+        trial.allocator.on(slots_for(task.model(trial.seed, protocol)), protocol.steps)
     except BadInput as error:
         return str(error)
     return None
@@ -305,97 +276,3 @@ def _stored(
         write_json_atomically(file, record)
     # As they will be read: numbers that JSON holds.
     return [read_json(file) for file in files]
-
-
-def train(
-    task: Task,
-    pack: Sequence[Trial],
-    protocol: Protocol,
-    tick: Callable[[int], None] = lambda steps: None,
-) -> list[Record]:
-    """Trains a pack and says what became of every trial."""
-    seeds = [trial.seed for trial in pack]
-    adapted = task.model(seeds[0], protocol)
-    every = max(protocol.steps // _TICKS, 1)
-    done = 0
-
-    def log(position: int, rows: object) -> None:
-        nonlocal done
-        del rows
-        tick((position - done) * len(pack))
-        done = position
-
-    constant = {"schedule": "cosine", "warmup": 0.0, "clip": None}
-    try:
-        fitted = fit(
-            adapted,
-            task.batches(seeds, protocol),
-            loss=task.loss,
-            optim=[AdamW(lr=trial.rate, **constant) for trial in pack],
-            ranks=[trial.allocator for trial in pack],
-            seeds=seeds,
-            loop=LoopSpec(log_every=every, checkpoint_every=protocol.steps),
-            non_finite=NonFinitePolicy(action="halt"),
-            inputs=task.inputs,
-            log=log,
-            progress=False,
-        )
-    except NonFinite as error:
-        tick((protocol.steps - done) * len(pack))
-        return [_failed(task, trial, str(error)) for trial in pack]
-    tick((protocol.steps - done) * len(pack))
-    errors = task.errors(fitted, seeds, protocol)
-    return [
-        _record(task, trial, number, fitted, errors[number], protocol)
-        for number, trial in enumerate(pack)
-    ]
-
-
-def _record(
-    task: Task,
-    trial: Trial,
-    number: int,
-    fitted: Fit,
-    error: float,
-    protocol: Protocol,
-) -> Record:
-    ended = fitted.ended[number]
-    if ended is not None or not math.isfinite(error):
-        return _failed(task, trial, ended["why"] if ended else "its error is infinite")
-    adapted = fitted.adapted
-    slots = _slots(adapted)
-    ranks = final(adapted, fitted.dials(number))
-    steps = measures.trajectory(fitted, number, slots, protocol.steps)
-    truth = task.truth(trial.seed, protocol)
-    judged = {"misallocation": None, "rank_correlation": None}
-    if truth is not None:
-        price = measures.price(slots, task.unit)
-        judged = {
-            "misallocation": measures.misallocation(ranks, truth, price),
-            "rank_correlation": measures.rank_correlation(ranks, truth),
-        }
-    spent = measures.budgets(steps, adapted, trial.allocator, protocol.batch_size)
-    return {
-        **_base(task, trial),
-        "error": error,
-        "failed": None,
-        "ranks": ranks,
-        "truth": truth,
-        **judged,
-        "budgets": measures.told(spent),
-    }
-
-
-def _base(task: Task, trial: Trial) -> Record:
-    return {
-        "schema": SCHEMA,
-        "task": task.name,
-        "arm": trial.arm,
-        "seed": trial.seed,
-        "rate": trial.rate,
-    }
-
-
-def _failed(task: Task, trial: Trial, why: str) -> Record:
-    names = ("error", "ranks", "truth", "misallocation", "rank_correlation", "budgets")
-    return {**_base(task, trial), **dict.fromkeys(names), "failed": why}

@@ -26,10 +26,11 @@ from lowrank.train.state import TrainState, on_mesh
 logger = logging.getLogger(__name__)
 
 #: On a CPU, trials run side by side as long as their batches have no more entries
-#: (tokens, or rows of numbers) together; beyond that they take turns within the compiled
-#: step. Products are then large enough for all cores, and what lies between them only
-#: outgrows the caches: side by side, 16 trials of 2048 tokens hold 16 times the temporaries of one and are
-#: no faster for it. In turns they take 16 times as long as one (`make bench-sweep`).
+#: (tokens, or rows of numbers) together; beyond that they take turns within the
+#: compiled step. Products are then large enough for all cores, and what lies between
+#: them only outgrows the caches: side by side, 16 trials of 2048 tokens hold 16 times
+#: the temporaries of one and are no faster for it. In turns they take 16 times as long
+#: as one (`make bench-sweep`).
 ENTRIES_AT_ONCE = 6144
 #: What the step does not read goes around it: no batching, no copies.
 _UNTOUCHED = ("best", "best_value", "best_step", "ranks")
