@@ -35,6 +35,10 @@ class Rows:
     x: Float32[np.ndarray, "rows features"]
     y: Float32[np.ndarray, "rows targets"]
 
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise BadInput(f"{len(self.x)} rows have {len(self.y)} targets")
+
 
 class RowPipeline:
     """The training batches of a pack, by global step; see `train.batches`.
@@ -83,8 +87,6 @@ class RowPipeline:
         self._own = np.array([order.index(seed) for seed in self._seeds])
         self._order = order
         num_rows = self._x.shape[1]
-        if self._y.shape[1] != num_rows:
-            raise BadInput(f"{num_rows} rows have {self._y.shape[1]} targets")
         if batch_size < 1 or num_rows % batch_size:
             raise BadInput(
                 f"batch_size = {batch_size} does not divide the {num_rows} rows"

@@ -28,10 +28,11 @@ def settings(**more):
 
 def records(arm, shift, spread=0.0, misplaced=0.0):
     """Errors whose logs are the baseline's and so much more, seed by seed."""
-    rng = np.random.default_rng(len(arm))
+    noise = np.random.default_rng(len(arm)).normal(size=len(SEEDS))
+    noise -= noise.mean()
     found = []
     for number, seed in enumerate(SEEDS):
-        log = -4.0 + 0.3 * number + shift + spread * rng.normal()
+        log = -4.0 + 0.3 * number + shift + spread * noise[number]
         found.append(
             {
                 "arm": arm,
