@@ -53,7 +53,8 @@ def rank_correlation(
     pairs = np.array([[ranks[name], truth[name]] for name in truth])
     if (np.ptp(pairs, axis=0) == 0).any():
         return None
-    return float(stats.spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
+    found: Any = stats.spearmanr(pairs[:, 0], pairs[:, 1])
+    return float(found.statistic)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from experiments.ranks_protocol import verdicts
 from experiments.ranks_protocol.arms import BASELINE, ORACLE
 from experiments.ranks_protocol.settings import Protocol, shown
 from experiments.ranks_protocol.training import SCHEMA
-from experiments.ranks_protocol.verdicts import Outcome, Records, Study
+from experiments.ranks_protocol.verdicts import Records, Study
 from lowrank.evaluate.compare import Comparison
 from lowrank.io.files import write_atomically, write_json_atomically
 
@@ -139,14 +139,6 @@ def write(found: Mapping[str, Any], path: str) -> tuple[Path, Path]:
     text = markdown(found).encode()
     write_atomically(files[1], lambda file: file.write(text))
     return files
-
-
-def answers(found: Sequence[Outcome]) -> dict[str, int]:
-    """How many outcomes have each answer."""
-    count = dict.fromkeys(("met", "not met", "inconclusive"), 0)
-    for one in found:
-        count[one.answer] += 1
-    return count
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

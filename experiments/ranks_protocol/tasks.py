@@ -42,12 +42,23 @@ class Task(Protocol):
       identity: What results depend on, beside the protocol, as JSON types.
     """
 
-    name: str
-    unit: Unit
-    claim: str | None
-    has_truth: bool
-    without: frozenset[str]
-    loss: Loss
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> Unit: ...
+
+    @property
+    def claim(self) -> str | None: ...
+
+    @property
+    def has_truth(self) -> bool: ...
+
+    @property
+    def without(self) -> frozenset[str]: ...
+
+    @property
+    def loss(self) -> Loss: ...
 
     @property
     def identity(self) -> Mapping[str, Any]: ...

@@ -7,7 +7,7 @@ Holm's correction is over all arms and tasks together, since all were looked at.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 from experiments.ranks_protocol.arms import (
@@ -46,7 +46,7 @@ class Outcome:
     answer: Answer
 
 
-def log_errors(records: Records) -> dict[int, float]:
+def log_errors(records: Records) -> dict[Hashable, float]:
     """Seed -> log error, of the seeds that were trained to their end."""
     return {
         one["seed"]: math.log(one["error"])
@@ -87,14 +87,14 @@ def inside(interval: Interval, low: float, high: float) -> Answer:
     One that is undefined says nothing, except where all seeds agree: then its estimate
     is all there is to say.
     """
-    ends = interval.low, interval.high
-    if ends[0] is None or ends[1] is None:
+    low_end, high_end = interval.low, interval.high
+    if low_end is None or high_end is None:
         if interval.estimate is None or interval.num_groups < 2:
             return "inconclusive"
-        ends = interval.estimate, interval.estimate
-    if low <= ends[0] and ends[1] <= high:
+        low_end = high_end = interval.estimate
+    if low <= low_end and high_end <= high:
         return "met"
-    return "not met" if ends[1] < low or ends[0] > high else "inconclusive"
+    return "not met" if high_end < low or low_end > high else "inconclusive"
 
 
 def shown(interval: Interval, digits: int = 3) -> str:
