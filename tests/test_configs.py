@@ -7,6 +7,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from experiments.ranks_protocol.settings import Protocol, Wanted
+from experiments.ranks_protocol.settings import read as read_protocol
 from lowrank.allocate.catalogue import CATALOGUE as RANKS
 from lowrank.allocate.recipes import Adaptive
 from lowrank.core.spec import fields_of
@@ -36,7 +38,13 @@ GROUPS = {
     "track": Track,
 }
 CATALOGUES = {"data": DATA, "delta": DELTAS, "optim": OPTIMIZERS, "ranks": RANKS}
-FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+#: Groups of commands that train no single run: no part of `config.yaml`.
+ELSEWHERE = {"size": "ranks_protocol"}
+FILES = sorted(
+    path.relative_to(CONF)
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ELSEWHERE
+)
 #: What a file leaves to the user.
 OWED = {
     "tfds": "data.dataset=ag_news_subset",
@@ -137,6 +145,18 @@ def test_the_file_of_sites_shows_every_field():
     assert {*config} == {"base", "plugins", *fields_of(Survey)}
     given = {name: config[name] for name in fields_of(Survey)}
     assert Survey(**given) == Survey()
+
+
+@pytest.mark.parametrize("path", (CONF / "size").glob("*.yaml"), ids=lambda p: p.stem)
+def test_a_size_and_its_main_file_show_every_field_of_a_protocol(path):
+    own, main = content(path), content("ranks_protocol.yaml")
+    assert {*own, *main} - {"defaults", "hydra"} == set(fields_of(Protocol))
+    assert not {*own} & {*main}
+    assert set(main["wanted"]) == set(fields_of(Wanted))
+    assert Wanted(**main["wanted"]) == Wanted()
+    assert path.read_text().startswith("# @package _global_\n# ")
+    config = composed("ranks_protocol", f"size={path.stem}")
+    assert read_protocol(config).records == f"runs/ranks_protocol/{path.stem}"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ from lowrank.core.errors import BadInput
 from lowrank.core.spec import digest
 from lowrank.core.trees import fingerprint
 from lowrank.cost.measure import StepTimer
-from lowrank.data.pipeline import TrainPipeline
 from lowrank.evaluate.metrics import STANDARD, Rows, Tally
 from lowrank.evaluate.score import numbers, score_trials
 from lowrank.io.checkpoints import Checkpoints
@@ -42,6 +41,7 @@ from lowrank.sharding import (
     replicate,
 )
 from lowrank.train import state as states
+from lowrank.train.batches import TrainBatches
 from lowrank.train.examples import check_examples_apart, gauge
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import Events, Loop, LoopSpec, check_pause, finished, fresh
@@ -112,7 +112,7 @@ class Fit:
 
 def fit(
     adapted: Adapted,
-    batches: TrainPipeline,
+    batches: TrainBatches,
     *,
     validation: Sequence[Batch] | None = None,
     loss: Loss = cross_entropy,
@@ -280,7 +280,7 @@ def _each(given: _T | Sequence[_T], count: int) -> list[_T]:
 
 def _identity(
     adapted: Adapted,
-    batches: TrainPipeline,
+    batches: TrainBatches,
     optims: Sequence[AdamW],
     penalties: Sequence[Penalties],
     allocators: Sequence[Allocator],
@@ -305,7 +305,7 @@ def _identity(
 
 
 def check_plan(
-    batches: TrainPipeline,
+    batches: TrainBatches,
     validation: Sequence[Batch] | None,
     optims: Sequence[AdamW],
     seeds: Sequence[int],

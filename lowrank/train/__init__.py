@@ -7,6 +7,7 @@ from lowrank.train.loop import Loop as Loop
 from lowrank.train.losses import Loss as Loss
 from lowrank.train.losses import Sums as Sums
 from lowrank.train.losses import cross_entropy as cross_entropy
+from lowrank.train.losses import squared_error as squared_error
 from lowrank.train.optim import AdamW as AdamW
 from lowrank.train.pack import Pack as Pack
 from lowrank.train.penalties import Penalties as Penalties

@@ -9,8 +9,8 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +18,13 @@ import numpy as np
 
 from lowrank.core.errors import BadInput, NonFinite, Preempted
 from lowrank.core.spec import spec
+from lowrank.train.batches import Batches, shape_of
 from lowrank.train.guard import NonFinitePolicy, StopSignal
 from lowrank.train.ranks import SOUND, unsound
 from lowrank.train.state import NO_VALUE, TrainState, settle
 from lowrank.train.watchdog import STEP
 
 logger = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """The training data: batches as a function of position."""
-
-    @property
-    def num_steps(self) -> int: ...
-
-    def iterate(
-        self, start_step: int = 0
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +195,7 @@ class Loop:
             self._events.alive(STEP)
             state, metrics = self._pack(state, batch)
             bad = self._settle(memory)
-            self._pending = (position, batch["ids"].shape[1:], metrics)
+            self._pending = (position, shape_of(batch), metrics)
             memory["position"] = position + 1
             validate = self._events.evaluate and self._due(memory, self._evaluate_every)
             save = self._due(memory, self._settings.checkpoint_every)

@@ -56,3 +56,26 @@ def cross_entropy(
     return Sums(
         jnp.sum(loss * weight), jnp.sum(weight), {"accuracy": jnp.sum(correct * weight)}
     )
+
+
+def squared_error(
+    outputs: Float[Array, "rows targets"],
+    batch: Mapping[str, Array],
+    constants: Mapping[str, Array],
+) -> Sums:
+    """sum_i w_i mean_j (y_ij - f_ij)^2: regression.
+
+    Args:
+      outputs: Model outputs f.
+      batch: "y" of their shape, and "weight" of one number per row.
+      constants: Not looked at.
+
+    Returns:
+      Summed loss and summed weight.
+    """
+    del constants
+    weight = batch["weight"].astype(jnp.float32)
+    # A row of padding may hold anything, and 0 times NaN is NaN.
+    error = jnp.where(weight[:, None] > 0, outputs - batch["y"], 0)
+    loss = jnp.mean(jnp.square(error.astype(jnp.float32)), axis=-1)
+    return Sums(jnp.sum(loss * weight), jnp.sum(weight), {})

@@ -19,16 +19,18 @@ from jaxtyping import Array
 from lowrank.core.arrays import Frozen
 from lowrank.core.memory import give_back
 from lowrank.sharding import by_trial, trial_axis
+from lowrank.train.batches import entries_of, shape_of
 from lowrank.train.ranks import RankEvents
 from lowrank.train.state import TrainState, on_mesh
 
 logger = logging.getLogger(__name__)
 
 #: On a CPU, trials run side by side as long as their batches have no more entries
-#: (tokens) together; beyond that they take turns within the compiled step. Products are
-#: then large enough for all cores, and what lies between them only outgrows the caches:
-#: side by side, 16 trials of 2048 tokens hold 16 times the temporaries of one and are
-#: no faster for it. In turns they take 16 times as long as one (`make bench-sweep`).
+#: (tokens, or rows of numbers) together; beyond that they take turns within the
+#: compiled step. Products are then large enough for all cores, and what lies between
+#: them only outgrows the caches: side by side, 16 trials of 2048 tokens hold 16 times
+#: the temporaries of one and are no faster for it. In turns they take 16 times as long
+#: as one (`make bench-sweep`).
 ENTRIES_AT_ONCE = 6144
 #: What the step does not read goes around it: no batching, no copies.
 _UNTOUCHED = ("best", "best_value", "best_step", "ranks")
@@ -122,8 +124,7 @@ def _at_once(batch: Mapping[str, Array], num_trials: int, entries: int | None) -
     """How many trials run side by side; it divides the pack."""
     if entries is None:
         return num_trials
-    own = max(array.size for array in batch.values()) // num_trials
-    most = max(entries // max(own, 1), 1)
+    most = max(entries // max(entries_of(batch), 1), 1)
     return max(n for n in range(1, num_trials + 1) if num_trials % n == 0 and n <= most)
 
 
@@ -188,7 +189,7 @@ class Pack:
         self._put = put
         self.frozen = frozen
         self.compiled: dict[tuple[int, ...], Any] = {}
-        self.shapes = {_key(batch): batch for batch in shapes}
+        self.shapes = {shape_of(batch): batch for batch in shapes}
         self.packed = on_devices(step, num_trials, mesh, ranks)
         program = jitted(self.packed, mesh)
         give_back()
@@ -201,8 +202,4 @@ class Pack:
 
     def __call__(self, state: TrainState, batch: Mapping[str, np.ndarray]):
         """One step; `state` is donated."""
-        return self.compiled[_key(batch)](self.frozen, state, self._put(batch))
-
-
-def _key(batch: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(batch["ids"].shape[1:])
+        return self.compiled[shape_of(batch)](self.frozen, state, self._put(batch))

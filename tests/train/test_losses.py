@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank.train.losses import cross_entropy
+from lowrank.train.losses import cross_entropy, squared_error
 
 SMOOTH = {"label_smoothing": jnp.float32(0.0)}
 
@@ -47,3 +47,20 @@ def test_rows_of_weight_zero_are_silent_whatever_their_label():
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-6)
     gradient = jax.grad(lambda x: cross_entropy(x, bad, SMOOTH).loss)(logits)
     assert not np.asarray(gradient[5:]).any()
+
+
+def test_squared_error_is_the_mean_over_targets_summed_over_weighted_rows():
+    rng = np.random.default_rng(1)
+    f, y = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    weight = np.array([1, 1, 0, 2, 0, 1], np.float32)
+    y[2] = np.nan  # Padding may hold anything.
+    batch = {"y": jnp.asarray(y), "weight": jnp.asarray(weight)}
+    sums, gradient = jax.value_and_grad(lambda f: squared_error(f, batch, SMOOTH).loss)(
+        jnp.asarray(f)
+    )
+    real = weight > 0
+    wanted = ((f - y)[real] ** 2).mean(axis=1) @ weight[real]
+    np.testing.assert_allclose(sums, wanted, rtol=1e-6)
+    assert float(squared_error(jnp.asarray(f), batch, SMOOTH).weight) == 5
+    assert (np.asarray(gradient)[~real] == 0).all()
+    assert np.isfinite(gradient).all()

@@ -1,0 +1,1 @@
+"""Do ranks that adapt help? The protocol that answers, as one command."""

@@ -1,0 +1,186 @@
+"""A study as JSON and as Markdown: the tables, whatever they say."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.ranks_protocol import verdicts
+from experiments.ranks_protocol.arms import BASELINE, ORACLE
+from experiments.ranks_protocol.settings import Protocol, shown
+from experiments.ranks_protocol.training import SCHEMA
+from experiments.ranks_protocol.verdicts import Records, Study
+from lowrank.evaluate.compare import Comparison
+from lowrank.io.files import write_atomically, write_json_atomically
+
+HEADINGS = (
+    "arm", "rate", "error", "log-ratio to uniform [95 %]", "p (Holm)", "verdict",
+    "log-ratio to oracle [95 %]", "misallocation", "Spearman", "components, final",
+    "average", "FLOPs of uniform, open", "as run", "seeds",
+)  # fmt: skip
+
+
+def results(study: Study, protocol: Protocol) -> dict[str, Any]:
+    """Everything that the tables show, and the records they are made from."""
+    ratio, far = (
+        {
+            task: verdicts.comparisons(own["judged"], name, protocol)
+            for task, own in study.items()
+        }
+        for name in (BASELINE, ORACLE)
+    )
+    adjusted = verdicts.corrected(ratio)
+    tasks = {}
+    for task, own in study.items():
+        rows = []
+        for arm, records in own["judged"].items():
+            p = adjusted[task].get(arm)
+            row = _row(arm, own, ratio[task].get(arm), far[task].get(arm), p, protocol)
+            rows.append({**row, "failed": _failures(records)})
+        tasks[task] = {"rows": rows, **own}
+    asked = verdicts.outcomes(study, protocol)
+    return {
+        "schema": SCHEMA,
+        "protocol": shown(protocol),
+        "outcomes": [dataclasses.asdict(one) for one in asked],
+        "tasks": tasks,
+    }
+
+
+def _row(
+    arm: str,
+    own: Mapping[str, Any],
+    ratio: Comparison | None,
+    far: Comparison | None,
+    p: float | None,
+    protocol: Protocol,
+) -> dict[str, Any]:
+    records, level = own["judged"][arm], protocol.level
+    logs = list(verdicts.log_errors(records).values())
+    rate = own["rates"][arm]
+    budgets = lambda name, of=records: _mean(
+        [one["budgets"][name] for one in of if one["budgets"]]
+    )
+    uniform = own["judged"][BASELINE]
+    share = lambda name: _over(budgets(name), budgets(name, uniform))
+    return {
+        "arm": arm,
+        "rate": rate,
+        # At an end of the grid a better rate may lie beyond it.
+        "at_end": len(protocol.rates) > 1
+        and rate in (min(protocol.rates), max(protocol.rates)),
+        "error": float(np.exp(np.mean(logs))) if logs else None,
+        "ratio": ratio and ratio.json(),
+        "to_oracle": far and far.json(),
+        "p": p,
+        "verdict": ratio and verdict(ratio, p, 1 - level),
+        "misallocation": verdicts.averaged(records, "misallocation", level).json(),
+        "rank_correlation": verdicts.averaged(
+            records, "rank_correlation", level
+        ).json(),
+        "final_components": budgets("final_components"),
+        "final_parameters": budgets("final_parameters"),
+        "average_components": budgets("average_components"),
+        "open_flops": share("open_flops"),
+        "held_flops": share("held_flops"),
+        "seeds": len(logs),
+    }
+
+
+def verdict(ratio: Comparison, p: float | None, alpha: float) -> str:
+    """A comparison's verdict with the correction over the whole study."""
+    if ratio.verdict == "equivalent" or ratio.difference.estimate is None:
+        return ratio.verdict
+    if p is None or p >= alpha:
+        return "inconclusive"
+    return "better" if ratio.difference.estimate < 0 else "worse"
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The results as text."""
+    protocol = found["protocol"]
+    lines = [
+        "# Do ranks that adapt help?",
+        "",
+        f"`python -m experiments.ranks_protocol`: {protocol['seeds']} judged seeds on "
+        f"{protocol['bases']} base(s), {protocol['steps']} steps, {protocol['rows']} "
+        f"rows, noise {protocol['noise']:g}. Every arm chose its learning rate from "
+        f"{', '.join(f'{rate:g}' for rate in protocol['rates'])} on "
+        f"{protocol['tuning_seeds']} other seeds; * marks an end of the grid. Errors "
+        "are geometric means over seeds of the mean square error against targets "
+        "without noise; log-ratios are paired, and negative where the arm is better. "
+        "Holm's correction is over all arms and tasks.",
+        "",
+        "## What was wanted",
+        "",
+        *_table(
+            ("task", "arm", "wanted", "found", "answer"),
+            [
+                [one["task"], one["arm"], one["wanted"], one["found"], one["answer"]]
+                for one in found["outcomes"]
+            ],
+        ),
+    ]
+    for task, own in found["tasks"].items():
+        rows = [_cells(row) for row in own["rows"]]
+        lines += ["", f"## {task}", "", *_table(HEADINGS, rows)]
+        lines += [
+            f"\n{row['arm']}: {text}" for row in own["rows"] for text in row["failed"]
+        ]
+    return "\n".join([*lines, ""])
+
+
+def write(found: Mapping[str, Any], path: str) -> tuple[Path, Path]:
+    """Writes both files; returns their paths."""
+    files = Path(f"{path}.json"), Path(f"{path}.md")
+    write_json_atomically(files[0], found)
+    text = markdown(found).encode()
+    write_atomically(files[1], lambda file: file.write(text))
+    return files
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    number = lambda x, form: "-" if x is None else format(x, form)
+    return [
+        row["arm"],
+        f"{row['rate']:g}" + ("*" if row["at_end"] else ""),
+        number(row["error"], ".3g"),
+        _interval(row["ratio"] and row["ratio"]["difference"]),
+        number(row["p"], ".2g"),
+        row["verdict"] or "-",
+        _interval(row["to_oracle"] and row["to_oracle"]["difference"]),
+        _interval(row["misallocation"]),
+        number(row["rank_correlation"]["estimate"], "+.2f"),
+        number(row["final_components"], ".1f"),
+        number(row["average_components"], ".1f"),
+        number(row["open_flops"], ".2f"),
+        number(row["held_flops"], ".2f"),
+        str(row["seeds"]),
+    ]
+
+
+def _interval(value: Mapping[str, Any] | None) -> str:
+    return "-" if value is None else verdicts.shown(verdicts.Interval(**value))
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    return [line(headings), "|" + "---|" * len(headings), *map(line, rows)]
+
+
+def _failures(records: Records) -> list[str]:
+    return [
+        f"seed {one['seed']} left out: {one['failed']}"
+        for one in records
+        if one["failed"]
+    ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _over(value: float | None, by: float | None) -> float | None:
+    return None if value is None or not by else value / by

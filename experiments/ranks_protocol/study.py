@@ -1,0 +1,278 @@
+"""Tunes every arm alike, judges it on fresh seeds, and keeps what is finished.
+
+For each task, the arms that need nothing first, then those that take ranks of others:
+
+    tune    every rate of the grid x every tuning seed; the rate with the smallest mean
+            log error is the arm's; a grid of one needs no tuning
+    judge   that rate x every judged seed
+
+Trials that may share a program and a base are one pack. A pack's results are files; the
+same command takes those that are whole and trains the others. Packs are made of the
+protocol alone and never of what is missing, so a study that was killed ends with the
+numbers of one that was not.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.ranks_protocol import arms as all_arms
+from experiments.ranks_protocol.arms import ARMS, Place
+from experiments.ranks_protocol.settings import Protocol
+from experiments.ranks_protocol.tasks import Task, chosen
+from experiments.ranks_protocol.training import (
+    SCHEMA,
+    Record,
+    Trial,
+    failed,
+    slots_for,
+    train,
+)
+from lowrank.allocate.fixed import Shuffled
+from lowrank.allocate.recipes import Allocator
+from lowrank.core.errors import BadInput, Corrupt, NonFinite
+from lowrank.core.spec import digest
+from lowrank.io.files import (
+    Lock,
+    local_path,
+    probe,
+    read_json,
+    remove_unfinished,
+    write_json_atomically,
+)
+
+#: Told (task, arm or phase, trial-steps done).
+Tick = Callable[[str, int], None]
+
+
+def num_trials(protocol: Protocol) -> int:
+    """Trainings of the whole study."""
+    grid = len(protocol.rates) if len(protocol.rates) > 1 else 0
+    each = grid * protocol.tuning_seeds + protocol.seeds
+    return sum(len(_own(task, protocol)) * each for task in chosen(protocol.tasks))
+
+
+def check(protocol: Protocol) -> None:
+    """Finds what would fail later: names, budgets, bounds and windows of every arm.
+
+    Raises:
+      BadInput: Says what does not go together.
+    """
+    all_arms.check(protocol)
+    for task in chosen(protocol.tasks):
+        for seed in (*protocol.tuned, *protocol.judged):
+            slots = slots_for(task.model(seed, protocol))
+            for arm in _own(task, protocol):
+                if not ARMS[arm].needs:
+                    made = _allocator(task, arm, seed, protocol, None)
+                    made.on(slots, protocol.steps)
+
+
+def run(protocol: Protocol, tick: Tick = lambda text, steps: None) -> dict[str, Any]:
+    """The whole study: task -> {"rates", "judged": records by arm, "tuned"}.
+
+    Args:
+      protocol: What to do.
+      tick: Told of progress.
+
+    Raises:
+      LowrankError: See `check` and `run.fit.fit`; `CannotWrite` if another process
+        works in the same folder.
+    """
+    check(protocol)
+    folder = local_path(protocol.records)
+    probe(folder)
+    with contextlib.closing(_Locked(folder)):
+        remove_unfinished(folder)
+        return {
+            task.name: _compare(task, protocol, folder / task.name, tick)
+            for task in chosen(protocol.tasks)
+        }
+
+
+class _Locked:
+    """A lock that `contextlib.closing` can close."""
+
+    def __init__(self, folder: Path):
+        self.close = Lock(folder).release
+
+
+def _own(task: Task, protocol: Protocol) -> list[str]:
+    """The arms that say something about a task."""
+    knows = lambda name: not ARMS[name].knows or task.has_truth
+    return [one for one in protocol.arms if one not in task.without and knows(one)]
+
+
+def _compare(
+    task: Task, protocol: Protocol, folder: Path, tick: Tick
+) -> dict[str, Any]:
+    own = _own(task, protocol)
+    rates: dict[str, float] = {}
+    tuned: dict[str, list[Record]] = {}
+    judged: dict[str, list[Record]] = {}
+    for stage in (
+        [one for one in own if not ARMS[one].needs],
+        [one for one in own if ARMS[one].needs],
+    ):
+        every = {arm: list(protocol.rates) for arm in stage}
+        if len(protocol.rates) > 1:
+            wanted = _trials(task, every, protocol.tuned, protocol, tuned, rates)
+            tuned |= _trained(task, wanted, protocol, folder, tick, "tuning")
+            rates |= {arm: best_rate(tuned[arm], protocol.rates) for arm in stage}
+        else:
+            rates |= dict.fromkeys(stage, protocol.rates[0])
+        once = {arm: [rates[arm]] for arm in stage}
+        wanted = _trials(task, once, protocol.judged, protocol, judged, rates)
+        judged |= _trained(task, wanted, protocol, folder, tick, "judging")
+    return {
+        "rates": {arm: rates[arm] for arm in own},
+        "judged": {arm: judged[arm] for arm in own},
+        "tuned": {arm: tuned[arm] for arm in own if arm in tuned},
+    }
+
+
+def best_rate(records: Sequence[Record], rates: Sequence[float]) -> float:
+    """The rate with the smallest mean log error over the tuning seeds.
+
+    A rate at which a seed failed is the last choice; of equal ones the smaller wins.
+
+    Raises:
+      NonFinite: No rate has an error for any seed.
+    """
+    means = {}
+    for rate in sorted(rates):
+        own = [one["error"] for one in records if one["rate"] == rate]
+        whole = own and all(error is not None for error in own)
+        means[rate] = float(np.mean(np.log(own))) if whole else math.inf
+    best = min(means, key=means.__getitem__)
+    if means[best] == math.inf:
+        arm = records[0]["arm"] if records else "an arm"
+        raise NonFinite(
+            f"{arm} has no learning rate of {list(rates)} at which all tuning seeds "
+            "were trained; give smaller rates"
+        )
+    return best
+
+
+def _trials(
+    task: Task,
+    rates: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    protocol: Protocol,
+    records: Mapping[str, Sequence[Record]],
+    best: Mapping[str, float],
+) -> list[Trial]:
+    """Every arm x rate x seed; arms that take ranks take those of the same seed."""
+    found = []
+    for arm, own in rates.items():
+        needs = ARMS[arm].needs
+        for seed in seeds:
+            ranks = None
+            if needs is not None:
+                ranks = _ranks(records[needs], seed, best[needs])
+            for rate in own:
+                made = _allocator(task, arm, seed, protocol, ranks)
+                found.append(Trial(arm, seed, rate, made))
+    return found
+
+
+def _ranks(records: Sequence[Record], seed: int, rate: float) -> Mapping[str, int]:
+    for one in records:
+        if (one["seed"], one["rate"]) == (seed, rate) and one["ranks"] is not None:
+            return one["ranks"]
+    raise NonFinite(
+        f"{records[0]['arm']} was not trained to its end with seed {seed}, and other "
+        "arms take its ranks; give smaller rates, or leave these arms out"
+    )
+
+
+def _allocator(
+    task: Task,
+    arm: str,
+    seed: int,
+    protocol: Protocol,
+    ranks: Mapping[str, int] | None,
+) -> Allocator:
+    slots = slots_for(task.model(seed, protocol))
+    knows = task.truth(seed, protocol) if ARMS[arm].knows else None
+    budget = task.budget(seed, slots, protocol)
+    place = Place(slots, budget, task.unit, knows, ranks, seed)
+    return ARMS[arm].allocator(place, protocol)
+
+
+def _trained(
+    task: Task,
+    trials: Sequence[Trial],
+    protocol: Protocol,
+    folder: Path,
+    tick: Tick,
+    phase: str,
+) -> dict[str, list[Record]]:
+    """The records of trials by arm, pack by pack."""
+    found: dict[str, list[Record]] = {trial.arm: [] for trial in trials}
+    able = []
+    for trial in trials:
+        if why := _impossible(task, trial, protocol):
+            found[trial.arm].append(failed(task, trial, why))
+            tick(f"{task.name}: {phase}", protocol.steps)
+        else:
+            able.append(trial)
+    for pack in packs(task, able, protocol):
+        names = ", ".join(dict.fromkeys(trial.arm for trial in pack))
+        own = lambda steps, text=f"{task.name}: {phase} {names}": tick(text, steps)
+        for record in _stored(task, pack, protocol, folder, own):
+            found[record["arm"]].append(record)
+    return found
+
+
+def packs(
+    task: Task, trials: Sequence[Trial], protocol: Protocol
+) -> Iterator[list[Trial]]:
+    """Trials that share a program and a base, in the order of the first of each."""
+    groups: dict[Any, list[Trial]] = {}
+    for trial in trials:
+        place = task.place(trial.seed, protocol)
+        groups.setdefault((all_arms.program(trial.allocator), place), []).append(trial)
+    yield from groups.values()
+
+
+def _impossible(task: Task, trial: Trial, protocol: Protocol) -> str | None:
+    """Why a trial cannot be: ranks that are all alike have no other order."""
+    if not isinstance(trial.allocator, Shuffled):
+        return None
+    try:
+        trial.allocator.on(slots_for(task.model(trial.seed, protocol)), protocol.steps)
+    except BadInput as error:
+        return str(error)
+    return None
+
+
+def _stored(
+    task: Task,
+    pack: Sequence[Trial],
+    protocol: Protocol,
+    folder: Path,
+    tick: Callable[[int], None],
+) -> list[Record]:
+    """A pack's records: those on disk if they are whole, else of a new training."""
+    identity = {
+        "schema": SCHEMA,
+        "task": task.identity,
+        "training": protocol.training,
+        "trials": [[t.arm, t.seed, t.rate, digest(t.allocator)] for t in pack],
+    }
+    own = folder / digest(identity, 12)
+    files = [own / trial.file for trial in pack]
+    with contextlib.suppress(Corrupt):
+        found = [read_json(file) for file in files]
+        tick(protocol.steps * len(pack))
+        return found
+    records = train(task, pack, protocol, tick)
+    for file, record in zip(files, records, strict=True):
+        write_json_atomically(file, record)
+    # As they will be read: numbers that JSON holds.
+    return [read_json(file) for file in files]
