@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -109,7 +110,8 @@ def test_damage_to_a_finished_run_is_never_silent(
     run = stored.load_run(undisturbed)
     # Neither depends on the files damaged here, and both take seconds.
     monkeypatch.setattr(stored, "load_base", lambda settings, classes: run.base)
-    monkeypatch.setattr(stored, "attach", lambda *a, **k: run.adapted)
+    own = types.SimpleNamespace(alone=[run.adapted])
+    monkeypatch.setattr(stored, "adapt", lambda *a, **k: own)
     expected = everything(undisturbed)
     for place in each_damage(undisturbed, tmp_path / "copy", random.Random(SEED)):
         try:
