@@ -20,9 +20,10 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from lowrank.core.errors import BadInput, Corrupt
+from lowrank.core.errors import BadInput
 from lowrank.core.spec import digest
-from lowrank.data.buckets import MAX_SEED, Batch, Batching, Buckets
+from lowrank.data import order
+from lowrank.data.buckets import Batch, Batching, Buckets
 from lowrank.data.tokens import Tokens
 
 #: Version of how batches are drawn; a stored position belongs to one version.
@@ -69,12 +70,7 @@ class TrainPipeline:
         """
         self._buckets = Buckets(tokens, labels, batching)
         self._batching = batching
-        self._seeds = tuple(int(seed) for seed in trial_seeds)
-        if not self._seeds or any(not 0 <= seed < MAX_SEED for seed in self._seeds):
-            raise BadInput(
-                "trial seeds must be one or more numbers from 0 to 2**31 - 1, not "
-                f"{list(trial_seeds)}"
-            )
+        self._seeds = order.checked_seeds(trial_seeds)
         if not 0 <= process_index < process_count:
             raise BadInput(f"process {process_index} of {process_count} does not exist")
         if batching.batch_size % process_count:
@@ -117,12 +113,14 @@ class TrainPipeline:
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """(bucket and number by step, {bucket: positions by trial}) of an epoch."""
-        order = _generator(_SEQUENCE, self._batching.seed, epoch)
-        plan = self._plan[order.permutation(len(self._plan))]
+        sequence = order.generator(_SEQUENCE, self._batching.seed, epoch)
+        plan = self._plan[sequence.permutation(len(self._plan))]
         rows = {
             bucket: np.stack(
                 [
-                    _generator(_ROWS, seed, epoch, bucket).permutation(len(members))
+                    order.generator(_ROWS, seed, epoch, bucket).permutation(
+                        len(members)
+                    )
                     for seed in self._seeds
                 ]
             )
@@ -136,9 +134,7 @@ class TrainPipeline:
         Raises:
           IndexError: There is no such step.
         """
-        if not 0 <= step < self.num_steps:
-            raise IndexError(f"step {step} is not one of {self.num_steps}")
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = order.place(step, self.num_steps, self.steps_per_epoch)
         plan, rows = self._epoch(epoch)
         bucket, number = plan[within].tolist()
         size = self._batching.batch_size
@@ -156,10 +152,7 @@ class TrainPipeline:
         Raises:
           BadInput: `start_step` is beyond the end.
         """
-        if not 0 <= start_step <= self.num_steps:
-            raise BadInput(
-                f"cannot start at step {start_step} of a run of {self.num_steps} steps"
-            )
+        order.check_start(start_step, self.num_steps)
         return self._iterate(start_step)
 
     def _iterate(self, start_step: int) -> Iterator[tuple[int, Batch]]:
@@ -221,20 +214,7 @@ class TrainPipeline:
         Raises:
           Corrupt: A field is missing or differs; names it and both values.
         """
-        for name, here in self.state(0).items():
-            if name not in state:
-                raise Corrupt(f"the stored data state has no {name!r}; start over")
-            if name != "position" and state[name] != here:
-                raise Corrupt(
-                    f"the stored run used other data: {name} was {state[name]!r} and "
-                    f"is {here!r}. Restore the old setting, or start over with "
-                    "force=true."
-                )
-        if not 0 <= state["position"] <= self.num_steps:
-            raise Corrupt(
-                f"the stored data position {state['position']} is not among the "
-                f"{self.num_steps} steps of this run; start over with force=true"
-            )
+        order.check_state(self.state(0), state, self.num_steps)
 
 
 def eval_batches(
@@ -260,8 +240,3 @@ def eval_batches(
                 yield buckets.gather(bucket, positions, np.arange(size) < last - first)
 
     return batches()
-
-
-def _generator(*numbers: int) -> np.random.Generator:
-    # Both algorithms are named, so that no default of NumPy can change the order.
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(numbers)))

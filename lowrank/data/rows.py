@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from lowrank.core.errors import BadInput, Corrupt
-from lowrank.data.buckets import MAX_SEED, Batch
+from lowrank.core.errors import BadInput
+from lowrank.data import order
+from lowrank.data.buckets import Batch
 
 #: Version of how batches are drawn; a stored position belongs to one version.
 ORDER_VERSION = 1
@@ -68,24 +69,23 @@ class RowPipeline:
         Raises:
           BadInput: A number is out of range, or a seed has no rows, or other ones.
         """
-        self._seeds = tuple(int(seed) for seed in trial_seeds)
-        if not self._seeds or any(not 0 <= seed < MAX_SEED for seed in self._seeds):
-            raise BadInput(
-                "trial seeds must be one or more numbers from 0 to 2**31 - 1, not "
-                f"{list(trial_seeds)}"
-            )
+        self._seeds = order.checked_seeds(trial_seeds)
         if missing := sorted({*self._seeds} - {*rows}):
             raise BadInput(f"the trials of seed {missing[0]} have no rows")
-        order = sorted({*self._seeds})
-        shapes = {(rows[seed].x.shape, rows[seed].y.shape) for seed in order}
+        own = sorted({*self._seeds})
+        shapes = {(rows[seed].x.shape, rows[seed].y.shape) for seed in own}
         if len(shapes) > 1:
             raise BadInput(
                 f"the trials of a pack have rows of different shapes: {shapes}"
             )
-        self._x = np.stack([rows[seed].x for seed in order])
-        self._y = np.stack([rows[seed].y for seed in order])
-        self._own = np.array([order.index(seed) for seed in self._seeds])
-        self._order = order
+        self._x = np.stack([rows[seed].x for seed in own])
+        self._y = np.stack([rows[seed].y for seed in own])
+        self._own = np.array([own.index(seed) for seed in self._seeds])
+        self._distinct = own
+        digest = hashlib.sha256()
+        for part in (self._x, self._y):
+            digest.update(np.ascontiguousarray(part, "<f4").tobytes())
+        self._fingerprint = digest.hexdigest()
         num_rows = self._x.shape[1]
         if batch_size < 1 or num_rows % batch_size:
             raise BadInput(
@@ -105,11 +105,8 @@ class RowPipeline:
         """(seeds, rows): the order of an epoch."""
         count = self._x.shape[1]
         drawn = []
-        for seed in self._order:
-            sequence = np.random.SeedSequence((_STREAM, seed, epoch))
-            # Named, so that no default of NumPy can change the order.
-            rng = np.random.Generator(np.random.PCG64(sequence))
-            drawn.append(rng.permutation(count))
+        for seed in self._distinct:
+            drawn.append(order.generator(_STREAM, seed, epoch).permutation(count))
         return np.stack(drawn)
 
     def batch_at(self, step: int) -> Batch:
@@ -118,9 +115,7 @@ class RowPipeline:
         Raises:
           IndexError: There is no such step.
         """
-        if not 0 <= step < self.num_steps:
-            raise IndexError(f"step {step} is not one of {self.num_steps}")
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = order.place(step, self.num_steps, self.steps_per_epoch)
         taken = self._epoch(epoch)[:, within * self._size :][:, : self._size]
         index = taken[self._own]
         own = self._own[:, None]
@@ -137,10 +132,7 @@ class RowPipeline:
         Raises:
           BadInput: `start_step` is beyond the end.
         """
-        if not 0 <= start_step <= self.num_steps:
-            raise BadInput(
-                f"cannot start at step {start_step} of a run of {self.num_steps} steps"
-            )
+        order.check_start(start_step, self.num_steps)
         return ((step, self.batch_at(step)) for step in range(start_step, len(self)))
 
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -153,13 +145,10 @@ class RowPipeline:
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps: the position, and what gives it a meaning."""
-        digest = hashlib.sha256()
-        for part in (self._x, self._y):
-            digest.update(np.ascontiguousarray(part, "<f4").tobytes())
         return {
             "position": step,
             "version": ORDER_VERSION,
-            "rows": digest.hexdigest(),
+            "rows": self._fingerprint,
             "batch_size": self._size,
             "trial_seeds": list(self._seeds),
         }
@@ -170,14 +159,4 @@ class RowPipeline:
         Raises:
           Corrupt: A field is missing or differs; names it and both values.
         """
-        for name, here in self.state(0).items():
-            if name != "position" and state.get(name) != here:
-                raise Corrupt(
-                    f"the stored run used other data: {name} was {state.get(name)!r} "
-                    f"and is {here!r}; restore the old data, or start over"
-                )
-        if not 0 <= state.get("position", -1) <= self.num_steps:
-            raise Corrupt(
-                f"the stored data position {state.get('position')} is not among the "
-                f"{self.num_steps} steps of this run; start over"
-            )
+        order.check_state(self.state(0), state, self.num_steps)
