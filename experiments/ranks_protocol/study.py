@@ -86,19 +86,13 @@ def run(protocol: Protocol, tick: Tick = lambda text, steps: None) -> dict[str, 
     check(protocol)
     folder = local_path(protocol.records)
     probe(folder)
-    with contextlib.closing(_Locked(folder)):
+    with contextlib.ExitStack() as held:
+        held.callback(Lock(folder).release)
         remove_unfinished(folder)
         return {
             task.name: _compare(task, protocol, folder / task.name, tick)
             for task in chosen(protocol.tasks)
         }
-
-
-class _Locked:
-    """A lock that `contextlib.closing` can close."""
-
-    def __init__(self, folder: Path):
-        self.close = Lock(folder).release
 
 
 def _own(task: Task, protocol: Protocol) -> list[str]:
