@@ -2,8 +2,8 @@
 
 `vmap` runs over the trials' own state and data; the base has no trials axis, so it
 is held once and its products serve all trials. A pack of one takes the axis off
-instead: the program is then exactly the unbatched step. On a CPU, trials of large
-batches take turns within the step: see `ENTRIES_AT_ONCE`.
+instead: the program is then exactly the unbatched step. On a CPU, a few trials at a
+time take turns within the step: see `ENTRIES_AT_ONCE`.
 """
 
 import logging
@@ -27,11 +27,10 @@ logger = logging.getLogger(__name__)
 
 #: On a CPU, trials run side by side as long as their batches have no more entries
 #: (tokens, or rows of numbers) together; beyond that they take turns within the
-#: compiled step. Products are then large enough for all cores, and what lies between
-#: them only outgrows the caches: side by side, 16 trials of 2048 tokens hold 16 times
-#: the temporaries of one and are no faster for it. In turns they take 16 times as long
-#: as one (`make bench-sweep`).
-ENTRIES_AT_ONCE = 6144
+#: compiled step. So many make products large enough for all cores; more only make what
+#: lies between the products outgrow the caches: 8 trials of 256 tokens took a tenth
+#: longer side by side than four at a time (`make bench-sweep` has the curve as it is).
+ENTRIES_AT_ONCE = 1024
 #: What the step does not read goes around it: no batching, no copies.
 _UNTOUCHED = ("best", "best_value", "best_step", "ranks")
 

@@ -91,9 +91,9 @@ def test_turns_are_as_wide_as_entries_allow_and_come_out_even():
         text = str(jax.make_jaxpr(packed)(adapted.frozen(), state, batch))
         return [int(n) for n in re.findall(r"length=(\d+)", text)]
 
-    assert ENTRIES_AT_ONCE == 6144
-    assert loops(6, 16) == [], "6 x 1024: all side by side"
-    assert loops(8, 16) == [2], "8 x 1024: two turns of four"
+    assert ENTRIES_AT_ONCE == 1024
+    assert loops(4, 4) == [], "4 x 256: all side by side"
+    assert loops(8, 4) == [2], "8 x 256: two turns of four"
     assert loops(3, 64) == [3], "one of 4096 at a time"
 
 
