@@ -20,10 +20,9 @@ from lowrank.core.trees import count, flatten
 from lowrank.cost.count import Product, jaxpr_flops, jaxpr_products
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
-from lowrank.run.ranks import begun
+from lowrank.run.ranks import begun, gauges
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
-from lowrank.train.examples import gauge
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
 from lowrank.train.pack import Pack
@@ -104,7 +103,7 @@ class PackOfOne:
             )
 
         moving, dials = begun(
-            adapted, [ranks], None, None, NUM_STEPS, gauge(model, cross_entropy)
+            adapted, [ranks], None, None, NUM_STEPS, gauges(model, cross_entropy)
         )
         aged = moving is not None and moving.births
         state = states.start(

@@ -80,6 +80,11 @@ class DotCall:
         given: Any = self.x if x is None else x
         return self._product(given)
 
+    def _input(self, x: Array | None) -> Array:
+        given = self.x if x is None else x
+        assert given is not None
+        return given
+
     def key(self) -> Array | None:
         rng = self.view.rng
         if rng is None:
@@ -94,9 +99,10 @@ class DotCall:
         # A batched product uses all stacked layers at once: one draw covers them.
         return key.reshape(-1)[0] if key is not None and key.ndim else key
 
-    def lowrank(self, a: Array, b: Array, gate: Array, rate: Any = None) -> Array:
-        assert self.x is not None
-        x, key = self.x, self._one_key()
+    def lowrank(
+        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+    ) -> Array:
+        x, key = self._input(x), self._one_key()
         if rate is not None and key is not None:
             x = drop(x, rate, key)
         x, x_labels = self._own_axes(x)
@@ -174,7 +180,10 @@ class GatherCall(DotCall):
         super().__init__(*args, **kwargs)
         self._pick = pick
 
-    def lowrank(self, a: Array, b: Array, gate: Array, rate: Any = None) -> Array:
+    def lowrank(
+        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+    ) -> Array:
+        del x  # The input is an index.
         view, table = self.view, self.contracted[0]
         (lo, lo_role), (hi, hi_role) = (a, "in"), (b, "out")
         if table in view.outs:
@@ -216,9 +225,10 @@ class ConvCall(DotCall):
         super().__init__(*args, **kwargs)
         self._params = params
 
-    def lowrank(self, a: Array, b: Array, gate: Array, rate: Any = None) -> Array:
-        assert self.x is not None
-        view, x, key = self.view, self.x, self._one_key()
+    def lowrank(
+        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+    ) -> Array:
+        view, x, key = self.view, self._input(x), self._one_key()
         if rate is not None and key is not None:
             x = drop(x, rate, key)
         numbers = self._params["dimension_numbers"]
@@ -277,9 +287,10 @@ class RaggedCall(DotCall):
         assert self.view.labels[0] is not None
         return (self.view.labels[0],)
 
-    def lowrank(self, a: Array, b: Array, gate: Array, rate: Any = None) -> Array:
-        assert self.x is not None
-        x, key = self.x, self._one_key()
+    def lowrank(
+        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+    ) -> Array:
+        x, key = self._input(x), self._one_key()
         if rate is not None and key is not None:
             x = drop(x, rate, key)
         lo, hi = (b, a) if self.transposed else (a, b)

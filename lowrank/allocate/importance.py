@@ -365,6 +365,7 @@ IMPORTANCES: Mapping[str, Importance] = {
     "sensitivity": Sensitivity(),
     "effective_rank": EffectiveRank(),
     "variance": Latest("variance"),
+    "first_gradient": Latest("first_gradient"),
     "ablation": Latest("ablation"),
     "random": Random(),
 }

@@ -18,6 +18,7 @@ from lowrank.allocate.allocation import Allocation, Program
 from lowrank.allocate.importance import IMPORTANCES
 from lowrank.allocate.schedules import STAIRCASE, Window, window
 from lowrank.allocate.selectors import GAINING
+from lowrank.allocate.signals import ONCE
 from lowrank.allocate.slots import LARGEST, Slots, Unit
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
@@ -29,6 +30,7 @@ Name = Literal[
     "sensitivity",
     "effective_rank",
     "variance",
+    "first_gradient",
     "ablation",
     "random",
 ]
@@ -66,6 +68,8 @@ class Adaptive(Allocator):
         numbers) or fractions of the run (with a decimal point).
       every: Steps between events.
       measure_every: Steps between measurements.
+      first_batches: Batches that are looked at before the first step, where what is
+        measured is measured once.
       decay: Of the exponential mean of what is measured.
       deviation_decay: Of the mean deviation, for sensitivity.
       mode: "hard" shuts the gates of losers. "revivable" leaves them open and has
@@ -96,6 +100,7 @@ class Adaptive(Allocator):
     end: int | float = 0.6
     every: int = 20
     measure_every: int = 5
+    first_batches: int = 8
     decay: float = 0.9
     deviation_decay: float = 0.85
     mode: Literal["hard", "revivable"] = "hard"
@@ -112,6 +117,7 @@ class Adaptive(Allocator):
             "start": self.start is None or 0 < self.start < math.inf,
             "every": self.every >= 1,
             "measure_every": 0 <= self.measure_every <= self.every,
+            "first_batches": self.first_batches >= 1,
             "decay": 0 <= self.decay < 1,
             "deviation_decay": 0 <= self.deviation_decay < 1,
             "rho": self.rho is None or 1 <= self.rho < math.inf,
@@ -168,7 +174,8 @@ class Adaptive(Allocator):
         # A proportional share is divided by what it buys already.
         by_cost = self.unit == "parameters" and self.selector != "proportional"
         usual = "cost" if by_cost else "none"
-        once = IMPORTANCES[self.importance].signals <= {"variance"}
+        needs = IMPORTANCES[self.importance].signals
+        once = needs <= ONCE
         return Program(
             importance=self.importance,
             normaliser=self.normaliser or usual,
@@ -198,7 +205,7 @@ class Adaptive(Allocator):
 
     def _check_measured(self, when: Window) -> None:
         needs = IMPORTANCES[self.importance].signals
-        during = bool(needs) and not needs <= {"variance"}
+        during = bool(needs) and not needs <= ONCE
         if during and not self.measure_every:
             raise BadInput(
                 f"importance {self.importance!r} is measured in training: set "
@@ -301,9 +308,15 @@ class EVA(Adaptive):
     """Ranks from the variance of inputs, before the first step (Paischer et al. 2024).
 
     arXiv:2410.07170. Each layer may have up to rho times its rank; the budget goes to
-    the directions that explain most of their layer's inputs. Departs from the code,
-    where sites with equal inputs get ranks by their order: here equal inputs give equal
-    importances, and such sites differ only in what is tied where the budget ends.
+    the directions that explain most of their layer's inputs, and these directions are
+    what `a` starts as, of length one. Departs from the code, where sites with equal
+    inputs get ranks by their order: here equal inputs give equal importances, and such
+    sites differ only in what is tied where the budget ends. The scale stays that of the
+    rules, as PEFT's `adjust_scaling_factors` has it.
+
+    Attributes:
+      directions: Whether `a` starts as the directions; or as the delta has it, so that
+        ranks and start can be told apart.
     """
 
     importance: Name = "variance"
@@ -311,6 +324,7 @@ class EVA(Adaptive):
     begin: int | float = 0
     end: int | float = 0
     rho: float | None = 2.0
+    directions: bool = True
     __post_init__ = Adaptive.__post_init__
 
 

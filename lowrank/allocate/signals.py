@@ -51,10 +51,17 @@ SIGNALS: Mapping[str, Signal] = {
         "components: shares of input variance along principal directions, falling",
         "forward passes, then an eigendecomposition of d_in x d_in, once",
     ),
+    "first_gradient": Signal(
+        "components: squared singular values of dL/dW at the start, falling",
+        "passes with the dense gradient, and an SVD of every weight, once",
+    ),
     "ablation": Signal(
         "components: loss with g_j = 0 minus loss", "a forward pass per component"
     ),
 }
+
+#: Signals that are measured once, before the first step.
+ONCE = frozenset({"variance", "first_gradient"})
 
 
 def norms(terms: Terms) -> Float[Array, "layers max_rank"]:
@@ -118,3 +125,18 @@ def explained_variance(
     shares = shares[..., :max_rank]
     missing = max_rank - shares.shape[-1]
     return jnp.pad(shares, [(0, 0)] * (shares.ndim - 1) + [(0, missing)])
+
+
+def gradient_energy(
+    gradient: Float[Array, "*layers d_in d_out"], max_rank: int
+) -> Float[Array, "*layers max_rank"]:
+    """s_r^2, s the singular values of the gradient at the frozen weight, falling.
+
+    The steepest correction of rank r lowers the loss, to first order, in proportion to
+    s_1^2 + ... + s_r^2 (LoRA-GA's start, Wang et al. 2024, arXiv:2407.05000). That is
+    comparable from layer to layer, which the mean of |W * G| (GoRA, He et al. 2025,
+    arXiv:2502.12171) is not where weights differ in scale.
+    """
+    squares = jnp.square(jnp.linalg.svd(gradient, compute_uv=False))[..., :max_rank]
+    missing = max_rank - squares.shape[-1]
+    return jnp.pad(squares, [(0, 0)] * (squares.ndim - 1) + [(0, missing)])

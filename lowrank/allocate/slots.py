@@ -160,6 +160,11 @@ class Slots:
             )
 
     @property
+    def told(self) -> list[dict[str, Any]]:
+        """All that the layout and its bounds follow from, in plain values."""
+        return [dataclasses.asdict(one) for one in self.competitors]
+
+    @property
     def paths(self) -> tuple[str, ...]:
         return tuple(one.path for one in self.competitors)
 

@@ -56,11 +56,18 @@ class Call(Site, Protocol):
         """The input; None for a table lookup, whose input is an index."""
         ...
 
+    @property
+    def transposed(self) -> bool:
+        """Whether what meets the input are the weight's outputs, as in x W^T."""
+        ...
+
     def product(self, x: Array | None = None) -> Array:
         """x @ W, exactly as the model computes it."""
         ...
 
-    def lowrank(self, a: Array, b: Array, gate: Array, rate: Any = None) -> Array:
+    def lowrank(
+        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+    ) -> Array:
         """((drop(x) a^T) * gate) b, or its transpose where W is used transposed."""
         ...
 

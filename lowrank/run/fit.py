@@ -26,23 +26,23 @@ from lowrank.core.errors import BadInput
 from lowrank.core.spec import digest
 from lowrank.core.trees import fingerprint
 from lowrank.cost.measure import StepTimer
-from lowrank.evaluate.metrics import STANDARD, Rows, Tally
+from lowrank.evaluate.metrics import STANDARD
 from lowrank.evaluate.score import numbers, score_trials
 from lowrank.io.checkpoints import Checkpoints
+from lowrank.run.checks import check_plan
+from lowrank.run.first_look import first_look
 from lowrank.run.forward import Batch, Forward, inputs_of, on_inputs
-from lowrank.run.ranks import begun, check_settled
+from lowrank.run.ranks import begun, check_settled, gauges
 from lowrank.run.storage import Storage
 from lowrank.sharding import (
     MeshSpec,
     batch_shapes,
-    check_rows,
-    check_trials,
     place_batch,
     replicate,
 )
 from lowrank.train import state as states
 from lowrank.train.batches import TrainBatches
-from lowrank.train.examples import check_examples_apart, gauge
+from lowrank.train.examples import check_examples_apart
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import Events, Loop, LoopSpec, check_pause, finished, fresh
 from lowrank.train.losses import Loss, cross_entropy
@@ -176,7 +176,9 @@ def fit(
     allocators = _each(ranks, len(seeds))
     devices = mesh.build()
     if directory is not None:
-        own = _identity(adapted, batches, optims, penalties, allocators, seeds, dials)
+        own = _identity(
+            adapted, batches, optims, penalties, allocators, seeds, dials, slots
+        )
         storage = Storage(
             Checkpoints(Path(directory), identity={**own, **(identity or {})})
         )
@@ -195,7 +197,7 @@ def fit(
     model = on_inputs(adapted.apply, inputs)
     moving, dials = begun(
         adapted, allocators, slots, dials, batches.num_steps,
-        gauge(model, loss, optims[0].accumulate),
+        gauges(model, loss, optims[0].accumulate),
     )  # fmt: skip
     frozen = replicate(adapted.frozen(), devices)
     aged = moving is not None and moving.births
@@ -204,6 +206,11 @@ def fit(
         imposed.weights(penalties), adapted.roles(), aged,
         moving.begin if moving else lambda trained: {},
     )  # fmt: skip
+    if moving is not None and moving.looks_first and not (storage and storage.begun):
+        alive("a first look at the data")
+        state = first_look(
+            adapted, allocators, moving, state, frozen, batches, loss, inputs
+        )
     state = jax.device_put(state, states.on_mesh(devices))
     forward = Forward(model, frozen, devices)
     memory: Mapping[str, Any] = {**fresh(len(seeds)), "data": batches.state(0)}
@@ -221,7 +228,7 @@ def fit(
     if not finished(memory, until or batches.num_steps):
         alive("compilation")
         examples = batches.examples()
-        if moving is not None and moving.gauge is not None:
+        if moving is not None and moving.of_examples:
             first = lambda tree: jax.tree.map(lambda x: x[0], tree)
             own = map(first, (state.trained, state.dials, state.constants, examples[0]))
             check_examples_apart(model, loss, frozen, *own)
@@ -286,6 +293,7 @@ def _identity(
     allocators: Sequence[Allocator],
     seeds: Sequence[int],
     dials: Sequence[Dials] | None,
+    slots: Sequence[Slots] | None,
 ) -> dict[str, str]:
     """What decides a pack's course beside its code and the order of its data."""
     weighed = any(one.named for one in penalties)
@@ -301,64 +309,8 @@ def _identity(
         # States from before there were penalties go on as they did.
         **({"penalties": digest(list(penalties))} if weighed else {}),
         **({"ranks": digest(list(allocators))} if chosen else {}),
+        **({} if slots is None else {"layers": digest([one.told for one in slots])}),
     }
-
-
-def check_plan(
-    batches: TrainBatches,
-    validation: Sequence[Batch] | None,
-    optims: Sequence[AdamW],
-    seeds: Sequence[int],
-    devices: jax.sharding.Mesh,
-    loop: LoopSpec,
-) -> None:
-    """Checks what would otherwise fail while compiling or in the middle of training.
-
-    Raises:
-      BadInput: Seeds, settings of optimizers, batch sizes, trials, devices, or the
-        number that chooses the best state do not fit together.
-    """
-    made_for = batches.state(0)["trial_seeds"]
-    if list(seeds) != made_for:
-        raise BadInput(
-            f"the batches were made for the seeds {made_for} and the trials have "
-            f"{list(seeds)}; give both the same"
-        )
-    static = {(o.schedule, o.warmup, o.accumulate, o.clip is None) for o in optims}
-    if len(optims) != len(seeds) or len(static) != 1:
-        raise BadInput(
-            f"{len(seeds)} trials have {len(optims)} settings of the optimizer; give "
-            "one each, alike in schedule, warmup, accumulate and whether they clip"
-        )
-    check_trials(devices, len(seeds))
-    for size, _ in batches.shapes():
-        check_rows(devices, size, "data.batching.batch_size")
-        if size % optims[0].accumulate:
-            raise BadInput(
-                f"optim.accumulate = {optims[0].accumulate} does not divide "
-                f"data.batching.batch_size = {size}"
-            )
-    for batch in validation or ():
-        check_rows(devices, len(batch["ids"]), "evaluate.batch_size")
-    if validation:
-        check_metric("loop.select", loop.select, validation)
-
-
-def check_metric(field: str, name: str, validation: Sequence[Batch]) -> None:
-    """Refuses a number that a validation split does not give.
-
-    Raises:
-      BadInput: There are others.
-    """
-    labels = np.concatenate([b["label"][b["weight"] > 0] for b in validation])
-    flat = np.zeros((len(labels), int(labels.max()) + 1), np.float32)
-    values = Tally.of(Rows.of(flat, labels), STANDARD).compute()
-    known = [name for name, value in values.items() if value is not None]
-    if name not in known:
-        raise BadInput(
-            f"{field} = {name!r} is not a number that this validation split "
-            f"of {len(labels)} rows gives; there are {', '.join(known)}"
-        )
 
 
 def _validation(forward: Forward, state: TrainState, batches) -> list[dict[str, float]]:

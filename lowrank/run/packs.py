@@ -30,7 +30,8 @@ from lowrank.io.checkpoints import Checkpoints
 from lowrank.io.files import write_atomically
 from lowrank.io.history import MOVES
 from lowrank.io.record import Record
-from lowrank.run.fit import Fit, check_plan, fit
+from lowrank.run.checks import check_plan
+from lowrank.run.fit import Fit, fit
 from lowrank.run.forward import Batch
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
 from lowrank.run.preview import lowered
@@ -185,7 +186,7 @@ def check_pack(prepared: PreparedPack) -> list[Batch] | None:
     """Checks what would fail later; returns the validation batches, if there are any.
 
     Raises:
-      BadInput: See `run.fit.check_plan`.
+      BadInput: See `run.checks.check_plan`.
     """
     first = prepared.trials[0]
     found = "validation" in first.task.splits

@@ -96,9 +96,11 @@ class PreparedPack:
             return None
         together = self.variants.together
         return [
-            slots_of(together, dials, most=alone.max_rank)
-            for dials, alone in zip(
-                self.variants.dials(), self.variants.alone, strict=True
+            slots_of(
+                together, dials, alone.max_rank, bounds=trial.settings.ranks.bounds
+            )
+            for trial, dials, alone in zip(
+                self.trials, self.variants.dials(), self.variants.alone, strict=True
             )
         ]
 

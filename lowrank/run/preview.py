@@ -12,10 +12,9 @@ from lowrank.cost.count import jaxpr_flops
 from lowrank.cost.measure import compiled_cost
 from lowrank.run.forward import inputs_of, on_inputs
 from lowrank.run.prepare import Prepared, site_rows, sizes
-from lowrank.run.ranks import begun
+from lowrank.run.ranks import begun, gauges, slots_of
 from lowrank.sharding import batch_shapes, replicated
 from lowrank.train import state as states
-from lowrank.train.examples import gauge
 from lowrank.train.losses import cross_entropy
 from lowrank.train.pack import jitted, on_devices
 from lowrank.train.penalties import impose
@@ -53,9 +52,12 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
     model = on_inputs(adapted.apply, inputs_of)
     imposed = impose([settings.penalty], adapted.sites, adapted.thin)
     num_steps = prepared.batches.num_steps
+    chosen = settings.ranks
+    competing = slots_of(adapted, bounds=chosen.bounds) if chosen.move else None
+    slots = competing and [competing] * num_trials
     moving, dials = begun(
-        adapted, [settings.ranks.moving] * num_trials, None, None, num_steps,
-        gauge(model, cross_entropy, settings.optim.accumulate),
+        adapted, [chosen.moving] * num_trials, slots, None, num_steps,
+        gauges(model, cross_entropy, settings.optim.accumulate),
     )  # fmt: skip
     aged = moving is not None and moving.births
     start = lambda: states.start(

@@ -3,7 +3,7 @@
 `allocate` knows layouts and `adapt` knows sites; here the one becomes the other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,23 @@ from lowrank.adapt.rules import AnyRule, Rule, Train
 from lowrank.allocate import allocation as allocations
 from lowrank.allocate.fixed import Uniform
 from lowrank.allocate.recipes import Adaptive, Allocator
+from lowrank.allocate.signals import ONCE
 from lowrank.allocate.slots import Competitor, Slots
 from lowrank.core.arrays import Dials
 from lowrank.core.errors import BadInput, NonFinite
 from lowrank.io.history import MOVES_SCHEMA
+from lowrank.run.bounds import Bounds
+from lowrank.train.ablation import ablation
+from lowrank.train.examples import OF_EXAMPLES, gauge
+from lowrank.train.losses import Loss
 from lowrank.train.ranks import Gauge, RankEvents
 from lowrank.train.state import TrainState
 
 #: Signals that a step can measure of corrections which are sums of thin products.
 _OF_SIZE = frozenset({"norms", "spectrum"})
-_OF_GATES = frozenset({"gate_gradient", "gate_fisher"})
-MEASURED = frozenset({"factors", "gradients"}) | _OF_SIZE | _OF_GATES
+#: Signals for which the model runs once more.
+_OF_GATES = OF_EXAMPLES | {"ablation"}
+MEASURED = frozenset({"factors", "gradients"}) | _OF_SIZE | _OF_GATES | ONCE
 
 
 def slots_of(
@@ -31,6 +37,7 @@ def slots_of(
     dials: Dials | None = None,
     most: Callable[[str], int] | None = None,
     held: Callable[[str], int] | None = None,
+    bounds: Bounds = Bounds(),
 ) -> Slots:
     """What competes in a model: every layer of every corrected weight.
 
@@ -41,9 +48,10 @@ def slots_of(
       dials: A trial's, whose open gates are its ranks; the model's own by default.
       most: Path -> the largest rank of a layer; by default what is held.
       held: Path -> components held; by default those of the model.
+      bounds: Of single layers, and ties.
 
     Raises:
-      BadInput: A correction has no gates.
+      BadInput: A correction has no gates, or bounds and layers do not go together.
     """
     dials = adapted.dials() if dials is None else dials
     held = adapted.max_rank if held is None else held
@@ -70,7 +78,24 @@ def slots_of(
                 most=tuple(top if rank else 0 for rank in ranks),
             )
         )
-    return Slots(found)
+    return Slots(bounds.on(found))
+
+
+def gauges(
+    model: Callable[..., Any], loss: Loss, accumulate: int = 1
+) -> dict[str, Gauge]:
+    """What measures the signals for which the model runs once more, by their names.
+
+    Args:
+      model: The adapted model, which takes whole batches.
+      loss: What is minimized.
+      accumulate: Parts of a batch, as in training.
+    """
+    of_examples = gauge(model, loss, accumulate)
+    return {
+        **dict.fromkeys(OF_EXAMPLES, of_examples),
+        "ablation": ablation(model, loss),
+    }
 
 
 def rank_events(
@@ -78,7 +103,7 @@ def rank_events(
     allocators: Sequence[Allocator],
     slots: Sequence[Slots],
     num_steps: int,
-    gauge: Gauge,
+    gauges: Mapping[str, Gauge],
 ) -> RankEvents:
     """What allocators do to a pack.
 
@@ -86,7 +111,7 @@ def rank_events(
       adapted: The model in the common shape.
       allocators, slots: One per trial.
       num_steps: Of the whole training.
-      gauge: From `train.examples`, for signals that need it.
+      gauges: From `gauges`, for signals that need one.
 
     Raises:
       BadInput: Budget, bounds, window and ranks do not go together, a signal cannot be
@@ -102,7 +127,7 @@ def rank_events(
         zeroed={path: _zeroed(adapted, path) for path in adapted.sites},
         thin=adapted.thin() if whole.needs & _OF_SIZE else {},
         roles=adapted.roles(),
-        gauge=gauge if whole.needs & _OF_GATES else None,
+        gauge=next((gauges[name] for name in whole.needs & _OF_GATES), None),
     )
 
 
@@ -112,7 +137,7 @@ def begun(
     slots: Sequence[Slots] | None,
     dials: Sequence[Dials] | None,
     num_steps: int,
-    gauge: Gauge,
+    gauges: Mapping[str, Gauge],
 ) -> tuple[RankEvents | None, Sequence[Dials] | None]:
     """How ranks of a pack move, and the dials that its trials begin with.
 
@@ -131,7 +156,7 @@ def begun(
             f"{len(allocators)} trials have {len(own)} layouts of what competes; give "
             "one each"
         )
-    events = rank_events(adapted, allocators, own, num_steps, gauge)
+    events = rank_events(adapted, allocators, own, num_steps, gauges)
     moves = events.allocation.program.importance is not None
     return events if moves else None, events.opened(given)
 

@@ -1,7 +1,8 @@
 """The config group `ranks`: an allocator from its fields, or ranks of another run.
 
-Beside the allocator's own fields there are `max_rank`, the components that a layer
-holds while ranks move, and for given ranks `from`, the run that left them.
+Beside the allocator's own fields there are, where ranks move, `max_rank`, the
+components that a layer holds meanwhile, and the `bounds` and ties of single layers; and
+for given ranks `from`, the run that left them.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from lowrank.allocate.schedules import window
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.core.spec import build, fields_of
 from lowrank.io.files import local_path
+from lowrank.run.bounds import Bounds, bounds
 
 #: What a run leaves its final ranks in, by the name of the layer.
 RANKS = "ranks.yaml"
@@ -32,10 +34,12 @@ class Ranks:
     Attributes:
       allocator: Whose choice they are.
       max_rank: Components that a layer holds while ranks move; twice its rank if None.
+      bounds: Of single layers, and which have equal ranks.
     """
 
     allocator: Allocator = Uniform()
     max_rank: int | None = None
+    bounds: Bounds = Bounds()
 
     @property
     def move(self) -> bool:
@@ -119,16 +123,18 @@ def chosen(group: Mapping[str, Any]) -> Ranks:
     fields = dict(group)
     fields.pop("from", None)
     most = fields.pop("max_rank", None)
+    ranges, tied = fields.pop("bounds", None), fields.pop("tied", None)
     if most is not None and (type(most) is not int or most < 1):
         raise BadInput(
             f"ranks.max_rank is a whole number of at least 1, or null, not {most!r}"
         )
-    found = Ranks(build(fields, CATALOGUE, "ranks"), most)
-    if most is not None and not found.move:
-        raise BadInput(
-            f"ranks.max_rank = {most} is what layers hold while ranks move, and those "
-            f"of ranks={fields['name']} stay; leave it out"
-        )
+    found = Ranks(build(fields, CATALOGUE, "ranks"), most, bounds(ranges, tied))
+    for name, value in (("max_rank", most), ("bounds", ranges), ("tied", tied)):
+        if value is not None and not found.move:
+            raise BadInput(
+                f"ranks.{name} = {value} is for layers whose ranks move, and those of "
+                f"ranks={fields['name']} stay; leave it out"
+            )
     return found
 
 

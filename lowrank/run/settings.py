@@ -322,6 +322,12 @@ def _told(name: str, group: Any) -> Any:
     told = {key: value for key, value in group.items() if key not in left_out}
     if name == "ranks":
         told.setdefault("max_rank", None)
+        for later in ("bounds", "tied"):
+            if told.get(later) is None:
+                told.pop(later, None)
+        if "bounds" in told:
+            # Their order decides, as it does of `delta.ranks`.
+            told["bounds"] = [list(pair) for pair in told["bounds"].items()]
     if name == "optim":
         told = without_later(told, OPTIMIZERS[told["name"]])
     if name == "delta":

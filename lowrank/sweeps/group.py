@@ -19,6 +19,8 @@ from lowrank.run.sweep import PACKABLE
 PACK_VERSION = 1
 #: Leaves that say nothing about the compiled step, though trials may differ in them.
 _ASIDE = ("run.directory", "base.name", "ranks.from")
+#: Mappings that are one leaf each.
+_WHOLE = ("delta.ranks", "ranks.ranks", "ranks.bounds")
 #: Packable leaves that ranks which are dealt out once follow from.
 _DEALT = ("delta.rank", "ranks.budget")
 _MAX_NAMED = 4
@@ -93,13 +95,13 @@ def is_packable(name: str) -> bool:
 def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of a config by dotted name.
 
-    `delta.ranks` is one leaf: its keys are patterns, whose order counts. So is
-    `ranks.ranks`, whose keys are names of layers.
+    `delta.ranks` and `ranks.bounds` are one leaf each: their keys are patterns, whose
+    order counts. So is `ranks.ranks`, whose keys are names of layers.
     """
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if name in ("delta.ranks", "ranks.ranks") and isinstance(value, Mapping):
+        if name in _WHOLE and isinstance(value, Mapping):
             found[name] = [list(pair) for pair in value.items()]
         elif isinstance(value, Mapping) and value:
             found |= leaves(value, f"{name}.")

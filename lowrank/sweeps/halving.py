@@ -20,7 +20,7 @@ from lowrank.io.record import STATUS, read_status
 from lowrank.io.seals import write_sealed
 from lowrank.io.view import load_record
 from lowrank.report.arms import numbers
-from lowrank.run.fit import check_metric
+from lowrank.run.checks import check_metric
 from lowrank.run.packs import Outcome
 from lowrank.run.prepare import prepare
 from lowrank.run.sweep import Halving, SweepSpec

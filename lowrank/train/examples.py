@@ -29,6 +29,8 @@ from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.core.errors import BadInput
 from lowrank.train.losses import Loss
 
+#: The signals that are measured here.
+OF_EXAMPLES = frozenset({"gate_gradient", "gate_fisher"})
 #: Largest relative difference between a batch and its examples that rounding explains.
 TOLERANCE = 1e-2
 #: Examples that the check is made on.

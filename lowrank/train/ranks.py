@@ -31,12 +31,13 @@ from lowrank.core.arrays import Dials, Frozen, Key, Roles, Trained
 from lowrank.core.errors import NonFinite
 from lowrank.deltas.thin import Thin
 from lowrank.train import aging
+from lowrank.train.examples import OF_EXAMPLES
 from lowrank.train.state import TrainState
 
 #: Whether every importance was a number so far: of the metrics, for the loop alone.
 SOUND = "sound"
-#: (frozen, trained, dials, constants, batch) -> {"gate_gradient", "gate_fisher"}, each
-#: path -> (*stack, max_rank): see `train.examples`.
+#: (frozen, trained, dials, constants, batch) -> signals by name, each path -> (*stack,
+#: max_rank): see `train.examples` and `train.ablation`.
 Gauge = Callable[..., Mapping[str, Mapping[str, Array]]]
 #: (function of one trial, its arguments with an axis of trials) -> results with one.
 MapTrials = Callable[..., Any]
@@ -52,7 +53,7 @@ class RankEvents:
       zeroed: Path -> the factor that is zero in a component that says nothing.
       thin: How corrections are read, by path; for signals that look at their size.
       roles: What the axes of the factors are for; births ask for it.
-      gauge: Measures gates example by example; for signals that need it.
+      gauge: Runs the model once more; for signals that need it.
     """
 
     allocation: Allocation
@@ -71,6 +72,16 @@ class RankEvents:
     def of_gradients(self) -> bool:
         """Whether the step has to hand out the task's gradient."""
         return "gradients" in self.allocation.needs
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether something is measured once, before the first step."""
+        return bool(self.allocation.needs & signals.ONCE)
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether what is measured has to hold for every example by itself."""
+        return bool(self.allocation.needs & OF_EXAMPLES)
 
     @property
     def _slots(self) -> Slots:
@@ -108,6 +119,27 @@ class RankEvents:
 
         constants = {name: jnp.asarray(x) for name, x in self.constants.items()}
         return {**jax.vmap(one)(trained), "constants": constants}
+
+    def looked(
+        self, state: TrainState, signals: Sequence[Mapping[str, Mapping[str, Array]]]
+    ) -> TrainState:
+        """The state before the first step with what was measured once.
+
+        Args:
+          state: Of the pack.
+          signals: Of each trial by name, path -> (*stack, max_rank).
+        """
+        slots, ranks = self._slots, state.ranks
+        seen = []
+        for trial, given in enumerate(signals):
+            own = lambda tree, t=trial: jax.tree.map(lambda x: x[t], tree)
+            flat = {name: slots.flat(parts) for name, parts in given.items()}
+            memory = self.allocation.observe(
+                self._flat(own(ranks["memory"])), flat, 0, own(ranks["constants"])
+            )
+            seen.append(self._rest(memory))
+        memory = jax.tree.map(lambda *each: jnp.stack(each), *seen)
+        return state.replace(ranks={**ranks, "memory": memory})
 
     def before(self, state: TrainState) -> TrainState:
         """The state after the events that are due; a trial that has ended has none."""

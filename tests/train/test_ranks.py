@@ -14,10 +14,9 @@ from lowrank.allocate.fixed import Uniform
 from lowrank.allocate.recipes import Growth, Norm, Random
 from lowrank.deltas.lora import LoRA
 from lowrank.run.forward import inputs_of
-from lowrank.run.ranks import moves, rank_events, slots_of
+from lowrank.run.ranks import gauges, moves, rank_events, slots_of
 from lowrank.train import state as states
 from lowrank.train.aging import Aged
-from lowrank.train.examples import gauge
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
 from lowrank.train.pack import over_trials
@@ -66,7 +65,7 @@ class World:
         model = toy.model_of(self.adapted)
         slots = [slots_of(self.adapted)] * count
         self.ranks = rank_events(
-            self.adapted, allocators, slots, STEPS, gauge(model, loss)
+            self.adapted, allocators, slots, STEPS, gauges(model, loss)
         )
         births = self.ranks.births
         step = make_step(
