@@ -34,7 +34,7 @@ def _watched(chosen: Protocol) -> Mapping[str, Any]:
         return study.run(chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        total = study.num_trials(chosen) * chosen.steps
+        total = study.work(chosen)
         task = bar.add_task("", total=total)
         return study.run(
             chosen, lambda text, n: bar.update(task, advance=n, description=text)

@@ -16,8 +16,8 @@ from lowrank.evaluate.compare import Comparison
 from lowrank.io.files import write_atomically, write_json_atomically
 
 HEADINGS = (
-    "arm", "rate", "error", "log-ratio to uniform [95 %]", "p (Holm)", "verdict",
-    "log-ratio to oracle [95 %]", "misallocation", "Spearman", "components, final",
+    "arm", "rate", "error", "to uniform [95 %]", "p (Holm)", "verdict",
+    "to oracle [95 %]", "misallocation", "Spearman", "components, final",
     "average", "FLOPs of uniform, open", "as run", "seeds",
 )  # fmt: skip
 
@@ -26,7 +26,7 @@ def results(study: Study, protocol: Protocol) -> dict[str, Any]:
     """Everything that the tables show, and the records they are made from."""
     ratio, far = (
         {
-            task: verdicts.comparisons(own["judged"], name, protocol)
+            task: verdicts.comparisons(own["judged"], name, protocol, own["in_points"])
             for task, own in study.items()
         }
         for name in (BASELINE, ORACLE)
@@ -58,8 +58,11 @@ def _row(
     protocol: Protocol,
 ) -> dict[str, Any]:
     records, level = own["judged"][arm], protocol.level
-    logs = list(verdicts.log_errors(records).values())
+    in_points = own["in_points"]
+    values = list(verdicts.errors(records, in_points).values())
+    middle = float(np.mean(values)) if values else None
     rate = own["rates"][arm]
+    tried = own["grid"]
     budgets = lambda name, of=records: _mean(
         [one["budgets"][name] for one in of if one["budgets"]]
     )
@@ -69,9 +72,8 @@ def _row(
         "arm": arm,
         "rate": rate,
         # At an end of the grid a better rate may lie beyond it.
-        "at_end": len(protocol.rates) > 1
-        and rate in (min(protocol.rates), max(protocol.rates)),
-        "error": float(np.exp(np.mean(logs))) if logs else None,
+        "at_end": len(tried) > 1 and rate in (min(tried), max(tried)),
+        "error": middle if middle is None or in_points else float(np.exp(middle)),
         "ratio": ratio and ratio.json(),
         "to_oracle": far and far.json(),
         "p": p,
@@ -85,7 +87,7 @@ def _row(
         "average_components": budgets("average_components"),
         "open_flops": share("open_flops"),
         "held_flops": share("held_flops"),
-        "seeds": len(logs),
+        "seeds": len(values),
     }
 
 
@@ -111,7 +113,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"{protocol['tuning_seeds']} other seeds; * marks an end of the grid. Errors "
         "are geometric means over seeds of the mean square error against targets "
         "without noise; log-ratios are paired, and negative where the arm is better. "
-        "Holm's correction is over all arms and tasks.",
+        "To uniform and to the oracle, log-ratios are shown. Holm's correction is over "
+        "all arms and tasks.",
         "",
         "## What was wanted",
         "",
@@ -124,8 +127,11 @@ def markdown(found: Mapping[str, Any]) -> str:
         ),
     ]
     for task, own in found["tasks"].items():
-        rows = [_cells(row) for row in own["rows"]]
-        lines += ["", f"## {task}", "", *_table(HEADINGS, rows)]
+        rows = [_cells(row, own["in_points"]) for row in own["rows"]]
+        lines += ["", f"## {task}", ""]
+        if own["in_points"]:
+            lines += [_of_text(protocol["real"], own["grid"]), ""]
+        lines += _table(HEADINGS, rows)
         lines += [
             f"\n{row['arm']}: {text}" for row in own["rows"] for text in row["failed"]
         ]
@@ -141,13 +147,28 @@ def write(found: Mapping[str, Any], path: str) -> tuple[Path, Path]:
     return files
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _of_text(real: Mapping[str, Any], grid: Sequence[float]) -> str:
+    """What is to be known of a table on real text."""
+    return (
+        f"{real['seeds']} judged seeds, {real['steps']} steps of {real['batch_size']} "
+        f"rows, rates {', '.join(f'{rate:g}' for rate in grid)} chosen on "
+        f"{real['tuning_seeds']} other seed(s) and the validation split. Errors are "
+        "means over seeds of the share of test rows with a wrong label, and differences "
+        "to uniform are points of it."
+    )
+
+
+def _cells(row: Mapping[str, Any], in_points: bool) -> list[str]:
+    scale, digits = (100.0, 2) if in_points else (1.0, 3)
+    error = "-" if row["error"] is None else f"{row['error']:.3g}"
+    if in_points and row["error"] is not None:
+        error = f"{100 * row['error']:.2f} %"
     number = lambda x, form: "-" if x is None else format(x, form)
     return [
         row["arm"],
         f"{row['rate']:g}" + ("*" if row["at_end"] else ""),
-        number(row["error"], ".3g"),
-        _interval(row["ratio"] and row["ratio"]["difference"]),
+        error,
+        _interval(row["ratio"] and row["ratio"]["difference"], scale, digits),
         number(row["p"], ".2g"),
         row["verdict"] or "-",
         _interval(row["to_oracle"] and row["to_oracle"]["difference"]),
@@ -161,8 +182,14 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _interval(value: Mapping[str, Any] | None) -> str:
-    return "-" if value is None else verdicts.shown(verdicts.Interval(**value))
+def _interval(
+    value: Mapping[str, Any] | None, scale: float = 1.0, digits: int = 3
+) -> str:
+    if value is None:
+        return "-"
+    ends = ("estimate", "low", "high")
+    scaled = {n: value[n] and scale * value[n] for n in ends}
+    return verdicts.shown(verdicts.Interval(**{**value, **scaled}), digits)
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -25,6 +25,7 @@ class Wanted:
       misallocation: Largest misplaced share of the budget.
       no_gain: A control shows no gain if its log-ratio to uniform is above this.
       equivalence: Margin of equality with uniform ranks where there is nothing to gain.
+      points: The margin on real text: a difference of error rates that does not matter.
     """
 
     oracle: float = 0.05
@@ -32,6 +33,27 @@ class Wanted:
     misallocation: float = 0.02
     no_gain: float = -0.5
     equivalence: float = 0.02
+    points: float = 0.01
+
+
+@spec
+class RealPart:
+    """What is done on real text; fields are those of `Protocol`.
+
+    Attributes:
+      tasks: Sources of text.
+      ranks: Budgets, in components per layer on average.
+      arms, rates, seeds, tuning_seeds, steps, batch_size: See `Protocol`.
+    """
+
+    tasks: Sequence[str]
+    ranks: Sequence[int]
+    arms: Sequence[str]
+    rates: Sequence[float]
+    seeds: int
+    tuning_seeds: int
+    steps: int
+    batch_size: int
 
 
 @spec
@@ -51,6 +73,7 @@ class Protocol:
       level: Of intervals and tests.
       records: Folder of the finished trainings, for the same command to continue.
       results: Path of the results, without .json and .md.
+      real: The part on real text; None: none.
       progress: A progress bar, where there is a terminal.
     """
 
@@ -72,6 +95,7 @@ class Protocol:
     level: float
     records: str
     results: str
+    real: RealPart | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -106,6 +130,18 @@ class Protocol:
         window(self.begin, self.end, self.every, self.steps)
 
     @property
+    def parts(self) -> list["Protocol"]:
+        """The protocol of the teachers, and that of real text."""
+        if self.real is None:
+            return [self]
+        own = dataclasses.asdict(self.real)
+        names = [f"{t}@{rank}" for t in own.pop("tasks") for rank in own.pop("ranks")]
+        apart = dataclasses.replace(
+            self, **own, tasks=names, rows=self.real.batch_size, bases=1, real=None
+        )
+        return [dataclasses.replace(self, real=None), apart]
+
+    @property
     def judged(self) -> list[int]:
         """The seeds that arms are judged on."""
         return [JUDGED_SEED + number for number in range(self.seeds)]
@@ -135,6 +171,13 @@ def read(config: Mapping[str, Any]) -> Protocol:
         raise BadInput(f"wanted is a group of fields, not {wanted!r}")
     check_fields(Wanted, wanted)
     fields["wanted"] = Wanted(**wanted)
+    if fields.get("real") is not None:
+        if not isinstance(fields["real"], Mapping):
+            raise BadInput(
+                f"real is a group of fields, or null, not {fields['real']!r}"
+            )
+        check_fields(RealPart, fields["real"])
+        fields["real"] = RealPart(**fields["real"])
     check_fields(Protocol, fields)
     return Protocol(**fields)
 

@@ -49,11 +49,15 @@ from lowrank.io.files import (
 Tick = Callable[[str, int], None]
 
 
-def num_trials(protocol: Protocol) -> int:
-    """Trainings of the whole study."""
-    grid = len(protocol.rates) if len(protocol.rates) > 1 else 0
-    each = grid * protocol.tuning_seeds + protocol.seeds
-    return sum(len(_own(task, protocol)) * each for task in chosen(protocol.tasks))
+def work(protocol: Protocol) -> int:
+    """Steps of all trainings of the study."""
+    total = 0
+    for part in protocol.parts:
+        grid = len(part.rates) if len(part.rates) > 1 else 0
+        each = grid * part.tuning_seeds + part.seeds
+        arms = sum(len(_own(task, part)) for task in chosen(part.tasks))
+        total += arms * each * part.steps
+    return total
 
 
 def check(protocol: Protocol) -> None:
@@ -62,18 +66,20 @@ def check(protocol: Protocol) -> None:
     Raises:
       BadInput: Says what does not go together.
     """
-    all_arms.check(protocol)
-    for task in chosen(protocol.tasks):
-        for seed in (*protocol.tuned, *protocol.judged):
-            slots = slots_for(task.model(seed, protocol))
-            for arm in _own(task, protocol):
-                if not ARMS[arm].needs:
-                    made = _allocator(task, arm, seed, protocol, None)
-                    made.on(slots, protocol.steps)
+    for part in protocol.parts:
+        all_arms.check(part)
+        for task in chosen(part.tasks):
+            for seed in (*part.tuned, *part.judged):
+                slots = slots_for(task.model(seed, part))
+                for arm in _own(task, part):
+                    if not ARMS[arm].needs:
+                        made = _allocator(task, arm, seed, part, None)
+                        made.on(slots, part.steps)
 
 
 def run(protocol: Protocol, tick: Tick = lambda text, steps: None) -> dict[str, Any]:
-    """The whole study: task -> {"rates", "judged": records by arm, "tuned"}.
+    """The whole study: task -> {"in_points", "grid", "rates", "judged",
+    "tuned"}; the last two are records by arm.
 
     Args:
       protocol: What to do.
@@ -90,8 +96,9 @@ def run(protocol: Protocol, tick: Tick = lambda text, steps: None) -> dict[str, 
         held.callback(Lock(folder).release)
         remove_unfinished(folder)
         return {
-            task.name: _compare(task, protocol, folder / task.name, tick)
-            for task in chosen(protocol.tasks)
+            task.name: _compare(task, part, folder / task.name, tick)
+            for part in protocol.parts
+            for task in chosen(part.tasks)
         }
 
 
@@ -116,21 +123,30 @@ def _compare(
         if len(protocol.rates) > 1:
             wanted = _trials(task, every, protocol.tuned, protocol, tuned, rates)
             tuned |= _trained(task, wanted, protocol, folder, tick, "tuning")
-            rates |= {arm: best_rate(tuned[arm], protocol.rates) for arm in stage}
+            rates |= {
+                arm: best_rate(tuned[arm], protocol.rates, task.in_points)
+                for arm in stage
+            }
         else:
             rates |= dict.fromkeys(stage, protocol.rates[0])
         once = {arm: [rates[arm]] for arm in stage}
         wanted = _trials(task, once, protocol.judged, protocol, judged, rates)
         judged |= _trained(task, wanted, protocol, folder, tick, "judging")
     return {
+        "in_points": task.in_points,
+        "grid": list(protocol.rates),
         "rates": {arm: rates[arm] for arm in own},
         "judged": {arm: judged[arm] for arm in own},
         "tuned": {arm: tuned[arm] for arm in own if arm in tuned},
     }
 
 
-def best_rate(records: Sequence[Record], rates: Sequence[float]) -> float:
+def best_rate(
+    records: Sequence[Record], rates: Sequence[float], in_points: bool = False
+) -> float:
     """The rate with the smallest mean log error over the tuning seeds.
+
+    In points, with the smallest mean error.
 
     A rate at which a seed failed is the last choice; of equal ones the smaller wins.
 
@@ -141,7 +157,8 @@ def best_rate(records: Sequence[Record], rates: Sequence[float]) -> float:
     for rate in sorted(rates):
         own = [one["error"] for one in records if one["rate"] == rate]
         whole = own and all(error is not None for error in own)
-        means[rate] = float(np.mean(np.log(own))) if whole else math.inf
+        mean = lambda errors: np.mean(errors if in_points else np.log(errors))
+        means[rate] = float(mean(own)) if whole else math.inf
     best = min(means, key=means.__getitem__)
     if means[best] == math.inf:
         arm = records[0]["arm"] if records else "an arm"

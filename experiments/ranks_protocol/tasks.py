@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from experiments.ranks_protocol import teachers
+from experiments.ranks_protocol import real, teachers
 from experiments.ranks_protocol.settings import Protocol as Settings
 from experiments.ranks_protocol.teachers import EQUAL, Family, Teacher
 from lowrank.adapt.attach import Adapted, attach
@@ -39,6 +39,8 @@ class Task(Protocol):
       has_truth: Whether an oracle knows which ranks are right.
       without: Arms that say nothing here.
       loss: What is minimized.
+      in_points: Whether errors are shares of rows, whose differences count; else their
+        ratios do.
       identity: What results depend on, beside the protocol, as JSON types.
     """
 
@@ -59,6 +61,9 @@ class Task(Protocol):
 
     @property
     def loss(self) -> Loss: ...
+
+    @property
+    def in_points(self) -> bool: ...
 
     @property
     def identity(self) -> Mapping[str, Any]: ...
@@ -90,7 +95,11 @@ class Task(Protocol):
     def errors(
         self, fitted: Fit, seeds: Sequence[int], settings: Settings
     ) -> list[float]:
-        """The error of every trial on rows that it was not trained on; positive."""
+        """The error of every trial on rows that it was not trained on.
+
+        Positive, unless it is in points. Of tuning seeds and of judged ones these may
+        be other rows.
+        """
         ...
 
 
@@ -109,6 +118,7 @@ class Synthetic:
     without: frozenset[str] = frozenset()
     has_truth: bool = True
     loss: Loss = squared_error
+    in_points: bool = False
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -206,10 +216,20 @@ def chosen(names: Sequence[str]) -> list[Task]:
     Raises:
       UnknownName: There is none of that name.
     """
-    for name in names:
-        if name not in TASKS:
-            raise UnknownName(
-                f"tasks has {name!r}, which is none. Nearest: {nearest(name, TASKS)}. "
-                f"There are {', '.join(TASKS)}."
-            )
-    return [TASKS[name] for name in names]
+    return [find(name) for name in names]
+
+
+def find(name: str) -> Task:
+    """A task by its name; of real text, by source and rank: "intents@4".
+
+    Raises:
+      UnknownName: There is none of that name.
+    """
+    task = TASKS.get(name) or real.at(name)
+    if task is None:
+        known = [*TASKS, *(f"{source}@4" for source in real.SOURCES)]
+        raise UnknownName(
+            f"tasks has {name!r}, which is none. Nearest: {nearest(name, known)}. "
+            f"There are {', '.join(known)}, and other ranks."
+        )
+    return task

@@ -1,7 +1,7 @@
 """What a study shows: paired log-ratios, corrected, and whether the wanted is met.
 
-With e the error of an arm and of a baseline for one seed, d = log e_arm - log e_base:
-negative where the arm is better. Intervals and tests are those of `evaluate.compare`.
+With e the error of an arm and of a baseline for one seed, d = log e_arm - log e_base;
+where errors are shares of rows, d = e_arm - e_base: negative where the arm is better. Intervals and tests are those of `evaluate.compare`.
 Holm's correction is over all arms and tasks together, since all were looked at.
 """
 
@@ -18,7 +18,7 @@ from experiments.ranks_protocol.arms import (
     ORACLE,
 )
 from experiments.ranks_protocol.settings import Protocol, Wanted
-from experiments.ranks_protocol.tasks import TASKS
+from experiments.ranks_protocol.tasks import find
 from lowrank.evaluate.compare import Comparison, compare_arms, holm
 from lowrank.evaluate.stats import Interval, over_seeds
 
@@ -46,26 +46,29 @@ class Outcome:
     answer: Answer
 
 
-def log_errors(records: Records) -> dict[Hashable, float]:
-    """Seed -> log error, of the seeds that were trained to their end."""
+def errors(records: Records, in_points: bool = False) -> dict[Hashable, float]:
+    """Seed -> log error, or error, of the seeds that were trained to their end."""
     return {
-        one["seed"]: math.log(one["error"])
+        one["seed"]: one["error"] if in_points else math.log(one["error"])
         for one in records
         if one["error"] is not None
     }
 
 
 def comparisons(
-    judged: Mapping[str, Records], baseline: str, protocol: Protocol
+    judged: Mapping[str, Records],
+    baseline: str,
+    protocol: Protocol,
+    in_points: bool = False,
 ) -> dict[str, Comparison]:
     """Every arm beside a baseline; empty where the task has no such arm."""
     if baseline not in judged:
         return {}
     found = compare_arms(
-        {arm: log_errors(records) for arm, records in judged.items()},
+        {arm: errors(records, in_points) for arm, records in judged.items()},
         baseline,
         higher_is_better=False,
-        margin=protocol.wanted.equivalence,
+        margin=protocol.wanted.points if in_points else protocol.wanted.equivalence,
         level=protocol.level,
     )
     return {one.arm: one for one in found}
@@ -117,7 +120,7 @@ def outcomes(study: Study, protocol: Protocol) -> list[Outcome]:
     """The wanted outcomes of the tasks that were run, and what became of them."""
     found = []
     for task, own in study.items():
-        claim, judged = TASKS[task].claim, own["judged"]
+        claim, judged = find(task).claim, own["judged"]
         ratio = comparisons(judged, BASELINE, protocol)
         if claim == "gain":
             far = comparisons(judged, ORACLE, protocol)

@@ -12,9 +12,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from small import protocol
 
-from experiments.ranks_protocol import arms, report, study, training
+from experiments.ranks_protocol import arms, report, study, tasks, training
 from experiments.ranks_protocol.arms import ARMS, Place
 from experiments.ranks_protocol.measures import budgets, trajectory
+from experiments.ranks_protocol.real import SOURCES
 from experiments.ranks_protocol.settings import read
 from experiments.ranks_protocol.tasks import TASKS
 from lowrank.allocate.fixed import Given, Uniform
@@ -40,7 +41,7 @@ def settings(tmp_path_factory):
 def found(settings):
     seen = []
     done = study.run(settings, lambda text, steps: seen.append(steps))
-    assert sum(seen) == study.num_trials(settings) * settings.steps
+    assert sum(seen) == study.work(settings)
     return done
 
 
@@ -268,11 +269,17 @@ def test_every_size_composes_and_all_its_arms_are_possible(size):
     settings = read(config)
     assert {*settings.tasks} <= {*TASKS}
     assert {*settings.arms} == {*ARMS}
+    assert size == "smoke" or {*settings.real.tasks} == {*SOURCES}
     if size != "smoke":
         assert settings.seeds >= 8
         assert settings.steps >= 1000
-    # All of them at full size takes minutes; two seeds on one base are enough.
-    study.check(dataclasses.replace(settings, seeds=2, tuning_seeds=1, bases=1))
+    # All of them at full size takes minutes; two seeds on one base are enough, and of
+    # real text what is possible does not depend on the size.
+    few = {"seeds": 2, "tuning_seeds": 1, "bases": 1, "real": None}
+    study.check(dataclasses.replace(settings, **few))
+    for part in settings.parts:
+        arms.check(part)
+        assert tasks.chosen(part.tasks)
 
 
 def test_a_trajectory_counts_every_step(settings):

@@ -51,7 +51,8 @@ def records(arm, shift, spread=0.0, misplaced=0.0):
 def study(task="heterogeneous", **arms):
     judged = {arm: records(arm, *given) for arm, given in arms.items()}
     rates = dict.fromkeys(judged, 0.01)
-    return {task: {"judged": judged, "tuned": {}, "rates": rates}}
+    own = {"judged": judged, "tuned": {}, "rates": rates}
+    return {task: {**own, "in_points": False, "grid": [0.003, 0.01, 0.03]}}
 
 
 def answers(found):
