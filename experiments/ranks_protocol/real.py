@@ -1,4 +1,4 @@
-"""Real text on a pretrained encoder, at one budget: tasks whose right ranks nobody knows.
+"""Real text on a pretrained encoder, at one budget; nobody knows the right ranks.
 
 A task is a config of `experiments.train`, and its name says the budget: "intents@4" is
 `intents` at four components per layer on average. All seeds share the rows; the start

@@ -149,12 +149,12 @@ def write(found: Mapping[str, Any], path: str) -> tuple[Path, Path]:
 
 def _of_text(real: Mapping[str, Any], grid: Sequence[float]) -> str:
     """What is to be known of a table on real text."""
+    rates = ", ".join(f"{rate:g}" for rate in grid)
     return (
         f"{real['seeds']} judged seeds, {real['steps']} steps of {real['batch_size']} "
-        f"rows, rates {', '.join(f'{rate:g}' for rate in grid)} chosen on "
-        f"{real['tuning_seeds']} other seed(s) and the validation split. Errors are "
-        "means over seeds of the share of test rows with a wrong label, and differences "
-        "to uniform are points of it."
+        f"rows, rates {rates} chosen on {real['tuning_seeds']} other seed(s) and the "
+        "validation split. Errors are means over seeds of the share of test rows with "
+        "a wrong label, and differences to uniform are points of it."
     )
 
 

@@ -1,8 +1,9 @@
 """What a study shows: paired log-ratios, corrected, and whether the wanted is met.
 
 With e the error of an arm and of a baseline for one seed, d = log e_arm - log e_base;
-where errors are shares of rows, d = e_arm - e_base: negative where the arm is better. Intervals and tests are those of `evaluate.compare`.
-Holm's correction is over all arms and tasks together, since all were looked at.
+where errors are shares of rows, d = e_arm - e_base: negative where the arm is better.
+Intervals and tests are those of `evaluate.compare`. Holm's correction is over all arms
+and tasks together, since all were looked at.
 """
 
 import dataclasses
