@@ -20,10 +20,8 @@ from lowrank.core.trees import count, flatten
 from lowrank.cost.count import Product, jaxpr_flops, jaxpr_products
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
-from lowrank.run.ranks import begun
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
-from lowrank.train.examples import gauge
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
 from lowrank.train.pack import Pack
@@ -103,9 +101,15 @@ class PackOfOne:
                 frozen, trained, inputs_of(batch), dials=dials, key=key
             )
 
-        moving, dials = begun(
-            adapted, [ranks], None, None, NUM_STEPS, gauge(model, cross_entropy)
-        )
+        moving, dials = None, None
+        if ranks != Uniform():
+            # An arm holds what its step needs, as its peers do: here all that makes a
+            # run, records and their libraries included, would come along.
+            from lowrank.run.ranks import begun
+            from lowrank.train.examples import gauge
+
+            measured = gauge(model, cross_entropy)
+            moving, dials = begun(adapted, [ranks], None, None, NUM_STEPS, measured)
         aged = moving is not None and moving.births
         state = states.start(
             adapted.init_trained, dials or adapted.dials(), [optim], [setting.seed],
