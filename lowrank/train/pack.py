@@ -105,7 +105,9 @@ def _stepped(
         elif (at_once := _at_once(batch, num_trials, entries_at_once)) < num_trials:
             own = {name: value for name, value in fields.items() if name != "step"}
             turn = lambda given: one({"step": fields["step"], **given[0]}, given[1])
-            moved, metrics, *task = jax.lax.map(turn, (own, batch), batch_size=at_once)
+            # One by one, no axis of trials is left in the products.
+            size = None if at_once == 1 else at_once
+            moved, metrics, *task = jax.lax.map(turn, (own, batch), batch_size=size)
             moved["step"] = moved["step"][0]
         else:
             axes = {name: None if name == "step" else 0 for name in fields}
