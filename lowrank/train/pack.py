@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 #: On a CPU, trials run side by side as long as their batches have no more entries
 #: (tokens, or rows of numbers) together; beyond that they take turns within the
 #: compiled step. So many make products large enough for all cores; more only make what
-#: lies between the products outgrow the caches: 8 trials of 256 tokens took a tenth
-#: longer side by side than four at a time (`make bench-sweep` has the curve as it is).
+#: lies between the products outgrow the caches, and take longer (`make bench-sweep`).
 ENTRIES_AT_ONCE = 1024
 #: What the step does not read goes around it: no batching, no copies.
 _UNTOUCHED = ("best", "best_value", "best_step", "ranks")
