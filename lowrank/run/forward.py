@@ -47,7 +47,7 @@ class Forward:
             if at_once < num_trials:
                 # As in training, whose step is what the width of a pack is chosen by:
                 # all at once, they would hold more than it.
-                turn = lambda given: one(frozen, *given, batch)
+                turn = lambda given: one(frozen, given[0], given[1], batch)
                 return in_turns(turn, (trained, dials), at_once)
             every = jax.vmap(
                 one, in_axes=(None, 0, 0, None), spmd_axis_name=trial_axis(mesh)
