@@ -131,8 +131,8 @@ def holm(p_values: Sequence[float | None]) -> list[float]:
     if not p_values:
         return []
     known = [1.0 if p is None else p for p in p_values]
-    # It collects garbage each time, which takes a second where a model is in memory;
-    # what is frozen is not looked through.
+    # It collects garbage each time, which is slow where a model is in memory; what is
+    # frozen is not looked through.
     gc.freeze()
     try:
         adjusted: Any = multipletests(known, method="holm")[1]
