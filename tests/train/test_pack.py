@@ -100,6 +100,7 @@ def test_turns_are_as_wide_as_entries_allow_and_come_out_even():
     assert ENTRIES_AT_ONCE == 1024
     assert loops(4, 4) == [], "4 x 256: all side by side"
     assert loops(8, 4) == [2], "8 x 256: two turns of four"
+    assert loops(10, 4) == [5], "five would be 1280, and four do not divide ten"
     assert loops(3, 64) == [3], "one of 4096 at a time"
     assert batched(8, 4)
     assert not batched(3, 64), "one at a time is one alone"
