@@ -297,6 +297,7 @@ def test_who_only_adapts_a_base_holds_no_library_of_records():
     heavy = {"pandas", "pyarrow", "orbax", "tensorflow_datasets", "wandb"}
     code = (
         "import lowrank.io.hub, lowrank.adapt.attach, lowrank.train.step, sys\n"
+        "import experiments.bench.ours\n"
         f"print({heavy} & {{*sys.modules}})"
     )
     done = subprocess.run(

@@ -73,7 +73,15 @@ def test_the_grid_is_one_pack_of_equally_long_trials(steps, tmp_path):
 
 
 def test_unknown_arms_and_counts_are_refused(capsys):
-    for wrong in (["--arms", "alone,keras"], ["--steps", "0"]):
+    for wrong in (
+        ["--arms", "alone,keras"], ["--steps", "0"], ["--turns", "0"],
+        ["--tokens", "256,512"],
+    ):  # fmt: skip
         with pytest.raises(SystemExit):
             sweep.parse(wrong)
-    assert "unknown arms ['keras']" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unknown arms ['keras']" in said
+    assert "--tokens ['512']; there are 256, 2048" in said
+    assert [shape for shape, _ in sweep.parse(["--tokens", "2048"]).tokens] == [
+        (32, 64)
+    ]

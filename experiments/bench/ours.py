@@ -20,7 +20,6 @@ from lowrank.core.trees import count, flatten
 from lowrank.cost.count import Product, jaxpr_flops, jaxpr_products
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
-from lowrank.run.ranks import begun, gauges
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
@@ -102,9 +101,14 @@ class PackOfOne:
                 frozen, trained, inputs_of(batch), dials=dials, key=key
             )
 
-        moving, dials = begun(
-            adapted, [ranks], None, None, NUM_STEPS, gauges(model, cross_entropy)
-        )
+        moving, dials = None, None
+        if ranks != Uniform():
+            # An arm holds what its step needs, as its peers do: here all that makes a
+            # run, records and their libraries included, would come along.
+            from lowrank.run.ranks import begun, gauges
+
+            measured = gauges(model, cross_entropy)
+            moving, dials = begun(adapted, [ranks], None, None, NUM_STEPS, measured)
         aged = moving is not None and moving.births
         state = states.start(
             adapted.init_trained, dials or adapted.dials(), [optim], [setting.seed],

@@ -66,13 +66,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", default=",".join(ARMS), help="some of the arms")
     parser.add_argument("--threads", type=int, default=2, help="cores of torch")
     parser.add_argument("--curve", type=int, default=20, help="timed steps; 0: none")
+    parser.add_argument("--turns", type=int, default=5, help="that widths take with it")
+    parser.add_argument(
+        "--tokens",
+        default=",".join(str(b * s) for (b, s), _ in TOKENS),
+        help="of a step of the curve, some",
+    )
     parser.add_argument("--out", help="JSON with everything; a table beside it")
     options = parser.parse_args(arguments)
     options.arms = tuple(filter(None, options.arms.split(",")))
     if unknown := set(options.arms) - set(ARMS):
         parser.error(f"unknown arms {sorted(unknown)}; there are {', '.join(ARMS)}")
-    if min(options.steps, options.trials, options.alone, options.rounds) < 1:
-        parser.error("--steps, --trials, --alone and --rounds are at least 1")
+    least = ("steps", "trials", "alone", "rounds", "turns")
+    if min(getattr(options, name) for name in least) < 1:
+        parser.error(f"--{', --'.join(least)} are at least 1")
+    known = {str(b * s): ((b, s), limit) for (b, s), limit in TOKENS}
+    if unknown := {*options.tokens.split(",")} - {*known}:
+        parser.error(f"--tokens {sorted(unknown)}; there are {', '.join(known)}")
+    options.tokens = [known[one] for one in options.tokens.split(",")]
     return options
 
 
@@ -113,10 +124,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 spans[arm].append(runs[arm]())
                 print(f"{spans[arm][-1]}", file=sys.stderr, flush=True)
     curves = {}
-    for (batch, seq), limit in TOKENS if options.curve else ():
+    for (batch, seq), limit in options.tokens if options.curve else ():
         setting = Setting(batch=batch, seq=seq)
         print(f"curve at {setting.shape}", file=sys.stderr, flush=True)
-        turns = min(5, options.curve)
+        turns = min(options.turns, options.curve)
         curves[setting.shape] = {
             "limit": limit,
             "widths": curve(setting, base, WIDTHS, options.curve, turns),

@@ -126,8 +126,7 @@ class Adapted:
 
     def trained_shapes(self) -> dict[str, Any]:
         """Shapes of what `init_trained` draws; needs no weights, only their shapes."""
-        draw = lambda key, leaves: self.init_trained(key, leaves)
-        return jax.eval_shape(draw, jax.random.key(0), self.leaves)
+        return start.shapes(self.leaves, self.sites, self.plans, self.rules)
 
     def dials(self) -> dict[str, dict[str, Array]]:
         """Default dials: gates open up to each layer's rank, scale, dropout rate."""
@@ -201,10 +200,23 @@ class Adapted:
         """Shapes of the outputs; raises what `apply` would, without computing."""
 
         def run(frozen: Frozen, trained: Trained, inputs: tuple[Any, ...]) -> Any:
-            walk = inject.walk(self.allow_dense, check=True)
-            return self._run(walk, frozen, trained, inputs, self.dials(), None)
+            walk = inject.walk(self.allow_dense, shapes_only=True)
+            return self._run(walk, frozen, trained, inputs, self._alike(), None)
 
         return jax.eval_shape(run, self.frozen(), self.trained_shapes(), inputs)
+
+    def _alike(self) -> Dials:
+        """`dials` to look at: hundreds of unrolled layers share the arrays of one."""
+        kinds = {
+            path: (self.plans[path], site.stack_shape)
+            for path, site in self.sites.items()
+        }
+        one_of = {kind: path for path, kind in kinds.items()}
+        dials = {
+            kind: self.plans[path].dials(self.sites[path], self.ref_rank)
+            for kind, path in one_of.items()
+        }
+        return {path: dials[kind] for path, kind in kinds.items()}
 
     def _run(self, walk: Walk, frozen, trained, inputs, dials, key) -> Any:
         leaves = [

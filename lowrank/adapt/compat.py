@@ -73,6 +73,16 @@ def evaluate(
     return dict(zip(made, done, strict=True))
 
 
+#: A value of which only the kind is known; it can be traced and not run.
+_STAND_IN = jex_core.Primitive("stand_in")
+_STAND_IN.def_abstract_eval(lambda *, kind: kind)
+
+
+def stand_in(kind: Any) -> Any:
+    """An array of this kind, for a trace that is never run (`jax.eval_shape`)."""
+    return _STAND_IN.bind(kind=kind)
+
+
 def _unbound(jaxpr: Jaxpr) -> Jaxpr:
     """The jaxpr with its constants as leading arguments, where it held them itself."""
     return jaxpr.with_consts(()) if getattr(jaxpr, "num_consts", 0) else jaxpr

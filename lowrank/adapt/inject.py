@@ -40,11 +40,11 @@ RULES: Mapping[str, RewriteRule] = {
 }  # fmt: skip
 
 
-def walk(allow_dense: bool = False, check: bool = False) -> Walk:
+def walk(allow_dense: bool = False, shapes_only: bool = False) -> Walk:
     """A walk by these rules.
 
     Args:
       allow_dense: Form the dense weight where no rule has a factored form.
-      check: Run for errors and shapes alone: of like uses, one.
+      shapes_only: See `Walk`.
     """
-    return Walk(RULES, allow_dense=allow_dense, checked=set() if check else None)
+    return Walk(RULES, allow_dense=allow_dense, shapes_only=shapes_only)

@@ -162,7 +162,7 @@ def find(
         and len(leaf.shape) >= 2
         and _holds_weights(leaf.dtype)
     }
-    walk = inject.walk(allow_dense=True)
+    walk = inject.walk(allow_dense=True, shapes_only=True)
 
     def run(leaves: dict[str, Any], others: list[Any]) -> None:
         given = [

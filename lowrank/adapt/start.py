@@ -38,18 +38,12 @@ def draw(
         for path, rule in rules.items()
         if isinstance(rule, Train)
     }
-    kinds: dict[Hashable, list[str]] = {}
-    for path, plan in plans.items():
-        kind = _kind(sites[path], plan, leaves[path])
-        # What reads the weight is drawn alone: a stack of weights would be a copy.
-        own = path if plan.delta.reads_weight else None
-        kinds.setdefault((kind, own), []).append(path)
-    for paths in kinds.values():
-        first = paths[0]
+    for first, *others in _kinds(leaves, sites, plans):
+        paths = [first, *others]
         start = lambda own, first=first: _start(
             own, sites[first], plans[first], leaves[first]
         )
-        if len(paths) == 1:
+        if not others:
             trained[first] = start(key_for(key, first))
             continue
         hashes = jnp.array([name_hash(path) for path in paths])
@@ -58,6 +52,35 @@ def draw(
         for number, path in enumerate(paths):
             trained[path] = jax.tree.map(lambda x, n=number: x[n], drawn)
     return {path: trained[path] for path in (*_whole(rules), *plans)}
+
+
+def shapes(
+    leaves: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    plans: Mapping[str, Plan],
+    rules: Mapping[str, AnyRule],
+) -> dict[str, Any]:
+    """Shapes of what `draw` draws: of like sites, one is traced."""
+    kinds = _kinds(leaves, sites, plans)
+    firsts = {first: plans[first] for first, *_ in kinds}
+    # As an argument, so that the key and the weights are shapes as well.
+    run = lambda key, leaves: draw(key, leaves, sites, firsts, rules)
+    found = jax.eval_shape(run, jax.random.key(0), leaves)
+    found |= {path: dict(found[paths[0]]) for paths in kinds for path in paths}
+    return {path: found[path] for path in (*_whole(rules), *plans)}
+
+
+def _kinds(
+    leaves: Mapping[str, Any], sites: Mapping[str, Site], plans: Mapping[str, Plan]
+) -> list[list[str]]:
+    """Sites whose starts differ by their keys alone, side by side."""
+    kinds: dict[Hashable, list[str]] = {}
+    for path, plan in plans.items():
+        kind = _kind(sites[path], plan, leaves[path])
+        # What reads the weight is drawn alone: a stack of weights would be a copy.
+        own = path if plan.delta.reads_weight else None
+        kinds.setdefault((kind, own), []).append(path)
+    return list(kinds.values())
 
 
 def _whole(rules: Mapping[str, AnyRule]) -> tuple[str, ...]:

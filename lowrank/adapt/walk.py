@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank.adapt.call import DotCall
-from lowrank.adapt.compat import Literal, evaluate, opened
+from lowrank.adapt.compat import Literal, evaluate, opened, stand_in
 from lowrank.adapt.joined import Joined, views_in
 from lowrank.adapt.views import WeightView
 from lowrank.core.errors import BadInput
@@ -56,15 +56,17 @@ class Walk:
       rules: What to do with a view, by name of the primitive.
       uses: Every use seen.
       allow_dense: Whether a weight may be formed where no factored rule exists.
-      checked: Kinds of uses that were met, where one of a kind stands for all: a run
-        for its errors alone. None where every delta computes.
+      shapes_only: Run under `jax.eval_shape`, for uses, errors and shapes: what meets
+        no weight is known from the trace, and one use of a kind stands for all.
+      checked: Kinds of uses that were met by a walk for shapes.
       ordinals: Uses of each weight so far; part of a use's dropout key.
     """
 
     rules: Mapping[str, RewriteRule]
     uses: list[Use] = dataclasses.field(default_factory=list)
     allow_dense: bool = False
-    checked: set[Hashable] | None = None
+    shapes_only: bool = False
+    checked: set[Hashable] = dataclasses.field(default_factory=set)
     ordinals: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def ordinal(self, path: str) -> int:
@@ -120,9 +122,15 @@ class Walk:
         """Runs `jaxpr` on arrays and views."""
         jaxpr, consts, binders = opened(jaxpr)
         env = dict(zip(binders, [*consts, *args], strict=True))
-        read = lambda v: v.val if isinstance(v, Literal) else env[v]
         # Equations that meet no weight wait, to be run as one program.
         waiting: list[Any] = []
+
+        def read(v: Any) -> Any:
+            if isinstance(v, Literal):
+                return v.val
+            if v not in env and self.shapes_only:
+                env[v] = stand_in(v.aval)
+            return env[v]
 
         def settle() -> None:
             if waiting:
@@ -133,7 +141,8 @@ class Walk:
         for equation in jaxpr.eqns:
             inputs = [v for v in equation.invars if not isinstance(v, Literal)]
             if seen.isdisjoint(inputs):
-                waiting.append(equation)
+                if not self.shapes_only:
+                    waiting.append(equation)
                 continue
             settle()
             operands = [read(v) for v in equation.invars]
@@ -172,7 +181,7 @@ class Walk:
 
     def _stands_for(self, call: DotCall) -> bool:
         """Whether a use of this kind was checked before."""
-        if self.checked is None or call.kind is None:
+        if not self.shapes_only or call.kind is None:
             return False
         known = call.kind in self.checked
         self.checked.add(call.kind)

@@ -11,6 +11,8 @@ from jaxtyping import Array
 
 from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.sharding import batch_shapes, by_trial, place_batch, trial_axis
+from lowrank.train.batches import entries_of
+from lowrank.train.pack import in_turns, most_entries, side_by_side
 
 #: (frozen, trained, batch, dials=, key=) -> outputs
 Model = Callable[..., Any]
@@ -36,9 +38,17 @@ class Forward:
             return model(frozen, trained, batch, dials=dials, key=None)
 
         def infer(frozen: Frozen, trained: Trained, dials: Dials, batch: Mapping):
-            if len(jax.tree.leaves(trained)[0]) == 1:
+            num_trials = len(jax.tree.leaves(trained)[0])
+            if num_trials == 1:
                 first = lambda tree: jax.tree.map(lambda x: x[0], tree)
                 return one(frozen, first(trained), first(dials), batch)[None]
+            entries = entries_of(batch, of_a_pack=False)
+            at_once = side_by_side(entries, num_trials, most_entries(mesh))
+            if at_once < num_trials:
+                # As in training, whose step is what the width of a pack is chosen by:
+                # all at once, they would hold more than it.
+                turn = lambda given: one(frozen, given[0], given[1], batch)
+                return in_turns(turn, (trained, dials), at_once)
             every = jax.vmap(
                 one, in_axes=(None, 0, 0, None), spmd_axis_name=trial_axis(mesh)
             )

@@ -53,12 +53,16 @@ def shape_of(batch: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(_input(batch).shape[1:])
 
 
-def entries_of(batch: Mapping[str, Any]) -> int:
+def entries_of(batch: Mapping[str, Any], of_a_pack: bool = True) -> int:
     """How many activations a layer has for one trial's batch: tokens, or rows.
 
     The features of a row are one activation; the tokens of a text are one each.
+
+    Args:
+      batch: What the model reads.
+      of_a_pack: Whether its arrays have an axis of trials first.
     """
-    shape = shape_of(batch)
+    shape = _input(batch).shape[1 if of_a_pack else 0 :]
     return math.prod(shape if "ids" in batch else shape[:-1])
 
 

@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 #: On a CPU, trials run side by side as long as their batches have no more entries
 #: (tokens, or rows of numbers) together; beyond that they take turns within the
 #: compiled step. So many make products large enough for all cores; more only make what
-#: lies between the products outgrow the caches: 8 trials of 256 tokens took a tenth
-#: longer side by side than four at a time (`make bench-sweep` has the curve as it is).
+#: lies between the products outgrow the caches, and take longer (`make bench-sweep`).
 ENTRIES_AT_ONCE = 1024
 #: What the step does not read goes around it: no batching, no copies.
 _UNTOUCHED = ("best", "best_value", "best_step", "ranks")
@@ -95,6 +94,7 @@ def _stepped(
             after, *told = step(frozen, whole, batch)
             return {name: getattr(after, name) for name in fields}, *told
 
+        at_once = side_by_side(entries_of(batch), num_trials, entries_at_once)
         if num_trials == 1:
             alone = _but_step(lambda x: x.reshape(x.shape[1:]), fields)
             one_batch = {name: x.reshape(x.shape[1:]) for name, x in batch.items()}
@@ -102,10 +102,10 @@ def _stepped(
             moved = _but_step(lambda x: x[None], moved)
             metrics = {name: x[None] for name, x in metrics.items()}
             task = jax.tree.map(lambda x: x[None], task)
-        elif (at_once := _at_once(batch, num_trials, entries_at_once)) < num_trials:
+        elif at_once < num_trials:
             own = {name: value for name, value in fields.items() if name != "step"}
             turn = lambda given: one({"step": fields["step"], **given[0]}, given[1])
-            moved, metrics, *task = jax.lax.map(turn, (own, batch), batch_size=at_once)
+            moved, metrics, *task = in_turns(turn, (own, batch), at_once)
             moved["step"] = moved["step"][0]
         else:
             axes = {name: None if name == "step" else 0 for name in fields}
@@ -119,12 +119,34 @@ def _stepped(
     return packed
 
 
-def _at_once(batch: Mapping[str, Array], num_trials: int, entries: int | None) -> int:
-    """How many trials run side by side; it divides the pack."""
-    if entries is None:
+def side_by_side(entries: int, num_trials: int, most: int | None) -> int:
+    """How many trials of a pack run at a time; the pack is a multiple of it.
+
+    Args:
+      entries: Of one trial's batch.
+      num_trials: Of the pack.
+      most: Entries at a time, as `most_entries` says; None: all trials run at once.
+    """
+    if most is None:
         return num_trials
-    most = max(entries // max(entries_of(batch), 1), 1)
-    return max(n for n in range(1, num_trials + 1) if num_trials % n == 0 and n <= most)
+    fit = max(most // max(entries, 1), 1)
+    return max(n for n in range(1, num_trials + 1) if num_trials % n == 0 and n <= fit)
+
+
+def most_entries(mesh: Mesh) -> int | None:
+    """How many entries of trials' batches are worked on at a time; None: any number.
+
+    Devices that share the trials out have few of them each, or are no CPUs.
+    """
+    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return ENTRIES_AT_ONCE if alone else None
+
+
+def in_turns(function: Callable, trials: Any, at_once: int) -> Any:
+    """`function` of every trial, so many of them at a time."""
+    # One by one, no axis of trials is left in the products.
+    size = None if at_once == 1 else at_once
+    return jax.lax.map(function, trials, batch_size=size)
 
 
 def on_devices(
@@ -132,10 +154,7 @@ def on_devices(
 ) -> Callable:
     """`over_trials` as the mesh wants it."""
     axis = trial_axis(mesh)
-    # Devices that share the trials out have few of them each, or are no CPUs.
-    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    entries = ENTRIES_AT_ONCE if alone else None
-    return over_trials(step, num_trials, axis, entries, ranks)
+    return over_trials(step, num_trials, axis, most_entries(mesh), ranks)
 
 
 def jitted(packed: Callable, mesh: Mesh) -> Any:

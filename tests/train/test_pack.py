@@ -82,19 +82,29 @@ def test_turns_are_as_wide_as_entries_allow_and_come_out_even():
         toy.model_of(adapted), cross_entropy, OPTIMS[0], STEPS, draws=False
     )
 
-    def loops(num_trials, rows):
+    def text(num_trials, rows):
         seeds = list(range(num_trials))
         optims = OPTIMS[:1] * num_trials
         state = states.start(adapted.init_trained, adapted.dials(), optims, seeds)
         batch = toy.stack([toy.batch(s, rows, 64) for s in seeds])
         packed = on_devices(step, num_trials, mesh)
-        text = str(jax.make_jaxpr(packed)(adapted.frozen(), state, batch))
-        return [int(n) for n in re.findall(r"length=(\d+)", text)]
+        return str(jax.make_jaxpr(packed)(adapted.frozen(), state, batch))
+
+    def loops(*given):
+        return [int(n) for n in re.findall(r"length=(\d+)", text(*given))]
+
+    def batched(*given):
+        """Products with a batch axis, as those of several trials are."""
+        return re.findall(r"\(\[\d+(?:, \d+)*\], \[\d+[\d, ]*\]\)\)", text(*given))
 
     assert ENTRIES_AT_ONCE == 1024
     assert loops(4, 4) == [], "4 x 256: all side by side"
     assert loops(8, 4) == [2], "8 x 256: two turns of four"
+    assert loops(10, 4) == [5], "five would be 1280, and four do not divide ten"
     assert loops(3, 64) == [3], "one of 4096 at a time"
+    assert batched(8, 4)
+    assert not batched(3, 64), "one at a time is one alone"
+    assert not batched(1, 64)
 
 
 def test_a_trial_that_diverges_harms_no_other():
