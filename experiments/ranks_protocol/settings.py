@@ -135,7 +135,8 @@ class Protocol:
         if self.real is None:
             return [self]
         own = dataclasses.asdict(self.real)
-        names = [f"{t}@{rank}" for t in own.pop("tasks") for rank in own.pop("ranks")]
+        texts, ranks = own.pop("tasks"), own.pop("ranks")
+        names = [f"{text}@{rank}" for text in texts for rank in ranks]
         apart = dataclasses.replace(
             self, **own, tasks=names, rows=self.real.batch_size, bases=1, real=None
         )

@@ -231,6 +231,9 @@ class RankEvents:
           over: Maps over trials.
         """
         ranks = before.ranks
+        if not self.allocation.measure_every:
+            # What is needed, if anything, was measured before the first step.
+            return after.replace(ranks=ranks)
         one = lambda own: self.allocation.measures(before.step, own)
         due = jax.vmap(one)(ranks["constants"]) & before.live & finite
 

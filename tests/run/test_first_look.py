@@ -32,7 +32,7 @@ def apply(params, batch):
     return jnp.tanh(x) @ params["head"]
 
 
-def make(targets="{stack/up,stack/down,mix}", max_rank=None):
+def make(targets=("stack/*", "mix"), max_rank=None):
     keys = jax.random.split(jax.random.key(0), 5)
     normal = jax.random.normal
     params = {
@@ -44,7 +44,8 @@ def make(targets="{stack/up,stack/down,mix}", max_rank=None):
         "mix": normal(keys[3], (WIDTH, WIDTH)),
         "head": jnp.zeros((WIDTH, CLASSES)),
     }
-    rules = [Train("head", init="dense"), Rule(targets, LoRA(), 2, max_rank)]
+    rules = [Rule(target, LoRA(), 2, max_rank) for target in targets]
+    rules = [Train("head", init="dense"), *rules]
     return params, attach(apply, params, inputs_of(batch(0)), rules=rules)
 
 
@@ -140,7 +141,7 @@ def test_first_gradients_are_those_of_the_dense_weight(seen):
 
 
 def test_a_table_has_no_directions():
-    _, adapted = make("{embed,mix}")
+    _, adapted = make(("embed", "mix"))
     frozen, trained = adapted.init(jax.random.key(1))
     with pytest.raises(BadInput, match="table of rows"):
         second_moments(

@@ -1,5 +1,7 @@
 """Ranks chosen before the first step: of what, by whom, and once."""
 
+import importlib
+
 import jax
 import numpy as np
 import pytest
@@ -198,7 +200,7 @@ def test_what_was_seen_is_kept_when_a_run_goes_on(run, tmp_path, monkeypatch):
     loop = LoopSpec(log_every=1, checkpoint_every=4, stop_after=6)
     with pytest.raises(Preempted):
         fitted(0, directory=tmp_path, loop=loop)
-    monkeypatch.setattr("lowrank.run.fit.first_look", None)
+    monkeypatch.setattr(importlib.import_module("lowrank.run.fit"), "first_look", None)
     found = fitted(0, directory=tmp_path)
     assert fingerprint(found.state) == fingerprint(plain.state)
 

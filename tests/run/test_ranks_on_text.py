@@ -16,7 +16,7 @@ WANTED = {
     "equivalence": 0.02, "points": 0.01,
 }  # fmt: skip
 PART = {
-    "tasks": ["words"], "ranks": [2, 3], "arms": ["uniform", "norm", "retrain"],
+    "tasks": ["words"], "ranks": [2, 3], "arms": ["uniform", "fisher", "retrain"],
     "rates": [0.005, 0.02], "seeds": 2, "tuning_seeds": 1, "steps": 14, "batch_size": 8,
 }  # fmt: skip
 
@@ -42,7 +42,8 @@ def found(world, tmp_path_factory):
         ticks = []
         done = study.run(settings, lambda text, steps: ticks.append(steps))
         assert sum(ticks) == study.work(settings)
-        yield settings, done, report.results(done, settings)
+        results = report.results(done, settings)
+    return settings, done, results
 
 
 def test_every_arm_ends_with_the_budget_of_the_name(found):
@@ -57,7 +58,7 @@ def test_every_arm_ends_with_the_budget_of_the_name(found):
                 assert one["truth"] is None
                 assert sum(one["ranks"].values()) == rank * layers
                 assert 0 <= one["error"] <= 1
-        for moved, again in zip(judged["norm"], judged["retrain"], strict=True):
+        for moved, again in zip(judged["fisher"], judged["retrain"], strict=True):
             assert moved["ranks"] == again["ranks"]
 
 
@@ -140,6 +141,6 @@ def test_a_part_that_makes_no_sense_is_refused(tmp_path):
         protocol(tmp_path, real="intents")
     with pytest.raises(UnknownName, match="stepz"):
         protocol(tmp_path, real={**PART, "stepz": 3})
-    part = protocol(tmp_path, real={**PART, "arms": ["norm"]}).parts[1]
+    part = protocol(tmp_path, real={**PART, "arms": ["fisher"]}).parts[1]
     with pytest.raises(BadInput, match="every arm is compared"):
         study.check(dataclasses.replace(part, tasks=["homogeneous"]))

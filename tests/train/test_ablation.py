@@ -1,6 +1,7 @@
 """Leaving components out one by one: by hand, in a run, and what it may choose."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import toy
 from test_examples import CONSTANTS, disturbed
@@ -18,7 +19,7 @@ def by_hand(adapted, frozen, trained, dials, batch):
     model = toy.model_of(adapted)
 
     def loss(gates):
-        own = {path: {**dials[path], "gate": gate} for path, gate in gates.items()}
+        own = {p: {**dials[p], "gate": jnp.array(gate)} for p, gate in gates.items()}
         sums = cross_entropy(
             model(frozen, trained, batch, dials=own, key=None), batch, CONSTANTS
         )
