@@ -105,7 +105,7 @@ class DotCall:
         x, key = self._input(x), self._one_key()
         if rate is not None and key is not None:
             x = drop(x, rate, key)
-        x, x_labels = self._own_axes(x)
+        own, x_labels = self._own_axes(x)
         a_labels = self.view.part_labels(("stack", "rank", "in"))
         b_labels = self.view.part_labels(("stack", "rank", "out"))
         (lo, lo_labels), (hi, hi_labels) = (a, a_labels), (b, b_labels)
@@ -125,8 +125,8 @@ class DotCall:
         ]
         gate = self._lay(gate, self.view.part_labels(("stack", "rank")), u_labels)
         numerics = Numerics(str(self._out.dtype), self._precision)
-        x, lo, hi, gate = vary_alike(x, lo, hi, gate)
-        y = lowrank(x, lo, hi, gate, Subscripts(*names), numerics)
+        own, lo, hi, gate = vary_alike(own, lo, hi, gate)
+        y = lowrank(own, lo, hi, gate, Subscripts(*names), numerics)
         if has_explicit_axes() and len(kept) == len(self.y_labels):
             y = jax.sharding.reshard(y, self._out.sharding)
         if len(kept) == len(self.y_labels):

@@ -57,7 +57,7 @@ class Probe(Delta):
         y = call.lowrank(f["a"], b, self.dial("gate"), x=x)
         out = call.onto_y(jnp.ones(call.shape("out"))).shape
         along = tuple(d for d, size in enumerate(out) if size > 1)
-        return call.product() + _counted(y, along)
+        return jnp.add(call.product(), _counted(y, along))
 
     def weight(self, view: View) -> Array:
         return view.weight
