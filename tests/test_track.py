@@ -185,10 +185,22 @@ def read_wandb(path):
 
 
 def parse_wandb(data):
+    """History rows of W&B's log file."""
+    rows = []
+    for record in records_of(data):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            names = [item.key or "/".join(item.nested_key) for item in items]
+            values = [json.loads(item.value_json) for item in items]
+            rows.append(dict(zip(names, values, strict=True)))
+    return rows
+
+
+def records_of(data):
     """Reads W&B's log file. Its format is private, so only a test does so."""
     from wandb.proto import wandb_internal_pb2
 
-    place, parts, rows = 7, b"", []
+    place, parts = 7, b""
     while place + 7 <= len(data):
         room = 32768 - place % 32768
         if room < 7:
@@ -199,13 +211,7 @@ def parse_wandb(data):
         parts = parts * (kind in (3, 4)) + data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
-            record = wandb_internal_pb2.Record.FromString(parts)
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                names = [item.key or "/".join(item.nested_key) for item in items]
-                values = [json.loads(item.value_json) for item in items]
-                rows.append(dict(zip(names, values, strict=True)))
-    return rows
+            yield wandb_internal_pb2.Record.FromString(parts)
 
 
 def test_an_offline_run_needs_no_network_and_tells_no_secret(
@@ -261,6 +267,24 @@ def test_an_offline_run_that_is_resumed_is_told_from_its_beginning(tmp_path):
     rows = [(row["_step"], row["loss"]) for row in read_wandb(run)]
     assert rows == [(1, 1.0), (2, math.inf)]
     assert len(list((tmp_path / "wandb").glob("superseded-offline-run-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "marked"),
+    [("done", 0, False), ("failed", 1, False), ("preempted", 1, True)],
+)
+def test_a_run_that_was_stopped_is_told_from_one_that_failed(
+    tmp_path, status, code, marked
+):
+    trackers = start(tmp_path, JsonlTracker(tmp_path / "m.jsonl"))
+    trackers.log(1, {"loss": 1.0})
+    trackers.close(status)
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert read_wandb(run)
+    records = [*records_of(run.read_bytes())]
+    kinds = [record.WhichOneof("record_type") for record in records]
+    assert ("preempting" in kinds) == marked
+    assert [r.exit.exit_code for r in records if r.HasField("exit")] == [code]
 
 
 def test_several_wandb_runs_live_side_by_side(tmp_path):

@@ -152,9 +152,14 @@ class WandbTracker:
                 self.log(line["step"], numbers)
 
     def close(self, status: str) -> None:
-        """Marks the run as finished, or as failed unless `status` is done."""
+        """Marks the run as finished, preempted or failed, by its `status`.
+
+        What is cut from a sweep, or waits in it, was stopped and has not failed.
+        """
         if self._run is not None:
             with self._harmless():
+                if status == "preempted":
+                    self._run.mark_preempting()
                 self._run.finish(exit_code=0 if status == "done" else 1)
             self._run = None
 
