@@ -7,6 +7,7 @@ every one of their maps is a site of its own, and nothing is traced once for all
 
 import argparse
 import gc
+import json
 import statistics
 import sys
 import time
@@ -131,9 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="every turn, for programs")
     options = parser.parse_args(arguments)
     for gradient in (False, True):
         costs = measure(options.layers, options.rounds, gradient)
+        if options.json:
+            ratios = {"ratios": costs.ratios, "first": costs.first}
+            print(json.dumps({**costs._asdict(), **ratios, "gradient": gradient}))
+            continue
         print(
             f"{'gradient' if gradient else 'forward'}, {options.layers} layers, "
             f"{costs.num_sites} sites, {options.rounds} turns, seconds: plain "
