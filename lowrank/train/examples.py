@@ -35,8 +35,8 @@ OF_EXAMPLES = frozenset({"gate_gradient", "gate_fisher"})
 TOLERANCE = 1e-2
 #: Examples that the check is made on.
 _CHECKED = 4
-#: Of so many rows of a batch one is measured: at one batch in five, a measurement then
-#: costs less than a twentieth of the steps (`experiments.bench.ranks`).
+#: Of so many rows of a batch one is measured, at a part of the cost
+#: (`experiments.bench.ranks` says what is left of it).
 ONE_IN = 4
 
 
