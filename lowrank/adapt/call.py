@@ -69,6 +69,18 @@ class DotCall:
             self.y_labels, self.contracted, self._out, str(self._precision),
         )  # fmt: skip
 
+    def check_answer(self, y: Any) -> None:
+        """Raises BadInput if a delta's answer is not of the shape and type of x W."""
+        found, wanted = (
+            f"{one.dtype}{list(one.shape)}" for one in (jax.typeof(y), self._out)
+        )
+        if found != wanted:
+            raise BadInput(
+                f"{type(self.view.delta).__name__} gives {found} for a use of "
+                f"{self.view.path!r} where the model has {wanted}: a delta answers in "
+                "the shape and type of call.product()"
+            )
+
     @property
     def fan_in(self) -> int:
         return self.view.fan_in

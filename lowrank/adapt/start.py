@@ -38,12 +38,12 @@ def draw(
         for path, rule in rules.items()
         if isinstance(rule, Train)
     }
-    for first, *others in _kinds(leaves, sites, plans):
-        paths = [first, *others]
+    for paths in _kinds(leaves, sites, plans):
+        first = paths[0]
         start = lambda own, first=first: _start(
             own, sites[first], plans[first], leaves[first]
         )
-        if not others:
+        if len(paths) == 1:
             trained[first] = start(key_for(key, first))
             continue
         hashes = jnp.array([name_hash(path) for path in paths])
@@ -63,7 +63,7 @@ def shapes(
     """Shapes of what `draw` draws: of like sites, one is traced."""
     kinds = _kinds(leaves, sites, plans)
     firsts = {first: plans[first] for first, *_ in kinds}
-    # As an argument, so that the key and the weights are shapes as well.
+    # The weights are an argument: what reads them must not compute on them here.
     run = lambda key, leaves: draw(key, leaves, sites, firsts, rules)
     found = jax.eval_shape(run, jax.random.key(0), leaves)
     found |= {path: dict(found[paths[0]]) for paths in kinds for path in paths}

@@ -220,6 +220,25 @@ def test_attach_checks_one_use_of_each_kind_and_apply_computes_all():
     assert len(met) == 2
 
 
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda y: y.astype(jnp.bfloat16), r"bfloat16\[5, 4\]"),
+        (lambda y: y[:, :1], r"float32\[5, 1\]"),
+    ],
+)
+def test_an_answer_of_another_kind_is_refused_before_anything_follows(spoil, found):
+    class Spoiled(LoRA):
+        def __call__(self, call):
+            return spoil(super().__call__(call))
+
+    # Both would go on: broadcast, or widened by the sum.
+    model = lambda p, x: x @ p["w"] + jnp.ones((5, 4))
+    params, x = {"w": jnp.ones((6, 4))}, jnp.ones((5, 6))
+    with pytest.raises(BadInput, match=rf"Spoiled gives {found}.*'w'.*\[5, 4\]"):
+        attach(model, params, x, rules=[Rule("w", Spoiled(), rank=2)])
+
+
 def test_a_start_depends_on_nothing_but_its_name():
     """Not on max_rank, not on what else is adapted, not on other layers' number."""
     params = {"w": W, "v": W.T, "s": jnp.ones((3, 6, 6))}

@@ -18,15 +18,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_a_deep_unrolled_model_lowers_in_less_than_twice_its_own_time():
     # In a process of its own: here every call of ours has its types checked.
-    line = [
-        sys.executable,
-        "-m",
-        "experiments.bench.tracing",
-        "--rounds",
-        "7",
-        "--json",
-    ]
-    done = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True)
+    command = ["-m", "experiments.bench.tracing", "--rounds", "7", "--json"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     forward, gradient = map(json.loads, done.stdout.splitlines())
     for costs in (forward, gradient):
         assert costs["num_sites"] == 192
