@@ -119,7 +119,7 @@ class PackOfOne:
         step = make_step(
             model, cross_entropy, optim, NUM_STEPS, adapted.draws, adapted.active,
             roles=adapted.roles(), ages=aged,
-            hands_out=moving is not None and moving.of_gradients,
+            tells=moving.of_step if moving else (),
         )  # fmt: skip
         shapes = batch_shapes(self._batch, mesh, 1)
         self._state = replicate(state, mesh)

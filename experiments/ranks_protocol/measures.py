@@ -9,20 +9,15 @@ from jaxtyping import Int
 from scipy import stats
 
 from lowrank.adapt.attach import Adapted
-from lowrank.allocate.importance import IMPORTANCES
 from lowrank.allocate.recipes import Adaptive, Allocator
-from lowrank.allocate.schedules import window
 from lowrank.allocate.slots import Slots, Unit
 from lowrank.cost.count import lora_flops
 from lowrank.run.fit import Fit
 from lowrank.run.ranks import final, over_time
-from lowrank.train.examples import ONE_IN
 
 #: A pass forward and one back, in passes forward: through low-rank pairs the gradients
 #: of both factors and of the activations on both sides, through the base the latter.
-_PAIRS, _BASE, _GATES = 3, 2, 2
-#: Signals that take passes of their own.
-MEASURED_APART = frozenset({"gate_fisher", "gate_gradient"})
+_PAIRS, _BASE = 3, 2
 
 
 def misallocation(
@@ -65,7 +60,8 @@ class Budgets:
       final_components, final_parameters: Open at the end.
       average_components: Open in a step, on average over all steps.
       open_flops: Matrix FLOPs of the training if only open components are computed.
-      held_flops: As it is computed: shut components too, and measurements.
+      held_flops: As it is computed: shut components too. No arm measures by matrix
+        products that its step would not have.
     """
 
     final_components: int
@@ -116,14 +112,13 @@ def budgets(
     opened = _PAIRS * float((ranks @ pair).sum())
     # A rank that never moves is a run that holds no more.
     closed = _PAIRS * float(steps * (held @ pair)) if _moves(allocator) else opened
-    measured = _measured(allocator, steps) * _GATES * (base + float(held @ pair))
     return Budgets(
         final_components=int(ranks[-1].sum()),
         # A pair costs two FLOPs per parameter.
         final_parameters=int(ranks[-1] @ pair) // 2,
         average_components=float(ranks.sum(axis=1).mean()),
         open_flops=rows * (steps * _BASE * base + opened),
-        held_flops=rows * (steps * _BASE * base + closed + measured),
+        held_flops=rows * (steps * _BASE * base + closed),
     )
 
 
@@ -140,13 +135,3 @@ def told(budget: Budgets) -> dict[str, Any]:
 
 def _moves(allocator: Allocator) -> bool:
     return isinstance(allocator, Adaptive)
-
-
-def _measured(allocator: Allocator, steps: int) -> float:
-    """Batches whose gates are measured example by example, in whole ones."""
-    if not isinstance(allocator, Adaptive):
-        return 0.0
-    if not IMPORTANCES[allocator.importance].signals & MEASURED_APART:
-        return 0.0
-    last = window(allocator.begin, allocator.end, allocator.every, steps).end
-    return last / allocator.measure_every / ONE_IN

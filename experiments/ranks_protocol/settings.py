@@ -73,6 +73,8 @@ class Protocol:
       level: Of intervals and tests.
       records: Folder of the finished trainings, for the same command to continue.
       results: Path of the results, without .json and .md.
+      first_seed: The first judged one: what was seen with some seeds is confirmed with
+        others.
       real: The part on real text; None: none.
       progress: A progress bar, where there is a terminal.
     """
@@ -95,6 +97,7 @@ class Protocol:
     level: float
     records: str
     results: str
+    first_seed: int = JUDGED_SEED
     real: RealPart | None = None
     progress: bool = True
 
@@ -103,11 +106,16 @@ class Protocol:
         for name in counts:
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}")
-        if max(self.seeds, self.tuning_seeds) > JUDGED_SEED - TUNING_SEED:
+        if self.tuning_seeds > JUDGED_SEED - TUNING_SEED:
             raise BadInput(
-                f"seeds = {self.seeds} and tuning_seeds = {self.tuning_seeds}: with "
-                f"more than {JUDGED_SEED - TUNING_SEED}, arms are judged where they "
-                "are tuned; give fewer"
+                f"tuning_seeds = {self.tuning_seeds}: with more than "
+                f"{JUDGED_SEED - TUNING_SEED}, arms are judged where they are tuned; "
+                "give fewer"
+            )
+        if self.first_seed < JUDGED_SEED:
+            raise BadInput(
+                f"first_seed = {self.first_seed}: arms may be tuned on seeds below "
+                f"{JUDGED_SEED}; give {JUDGED_SEED} or more"
             )
         if self.rows < 1 or self.rows % self.batch_size:
             raise BadInput(
@@ -145,7 +153,7 @@ class Protocol:
     @property
     def judged(self) -> list[int]:
         """The seeds that arms are judged on."""
-        return [JUDGED_SEED + number for number in range(self.seeds)]
+        return [self.first_seed + number for number in range(self.seeds)]
 
     @property
     def tuned(self) -> list[int]:

@@ -36,11 +36,12 @@ SIGNALS: Mapping[str, Signal] = {
     "factors": Signal("path -> factor -> array, as trained", "nothing"),
     "gradients": Signal("of the task, alike", "nothing: the step has them"),
     "gate_gradient": Signal(
-        "components: mean over examples of dL/dg_j", "max_rank numbers per token"
+        "components: mean over examples of dL/dg_j",
+        "max_rank numbers per example: the step's own pass",
     ),
     "gate_fisher": Signal(
         "components: mean over examples of (dl_n/dg_j)^2",
-        "a backward pass with gates per example",
+        "max_rank numbers per example: the step's own pass",
     ),
     "norms": Signal("components: |c_j| |a_j| |b_j|", "O(max_rank (d_in + d_out))"),
     "spectrum": Signal(

@@ -197,7 +197,7 @@ def fit(
     model = on_inputs(adapted.apply, inputs)
     moving, dials = begun(
         adapted, allocators, slots, dials, batches.num_steps,
-        gauges(model, loss, optims[0].accumulate),
+        gauges(model, loss),
     )  # fmt: skip
     frozen = replicate(adapted.frozen(), devices)
     aged = moving is not None and moving.births
@@ -234,7 +234,7 @@ def fit(
             check_examples_apart(model, loss, frozen, *own)
         step = make_step(
             model, loss, optims[0], batches.num_steps, adapted.draws, adapted.active,
-            imposed, adapted.roles(), aged, moving is not None and moving.of_gradients,
+            imposed, adapted.roles(), aged, moving.of_step if moving else (),
         )  # fmt: skip
         shapes = [batch_shapes(batch, devices, 1) for batch in examples]
         put = lambda batch: place_batch(batch, devices, 1)

@@ -57,7 +57,7 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
     slots = competing and [competing] * num_trials
     moving, dials = begun(
         adapted, [chosen.moving] * num_trials, slots, None, num_steps,
-        gauges(model, cross_entropy, settings.optim.accumulate),
+        gauges(model, cross_entropy),
     )  # fmt: skip
     aged = moving is not None and moving.births
     start = lambda: states.start(
@@ -75,7 +75,7 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
     step = make_step(
         model, cross_entropy, settings.optim, num_steps, adapted.draws,
         adapted.active, imposed, adapted.roles(), aged,
-        moving is not None and moving.of_gradients,
+        moving.of_step if moving else (),
     )  # fmt: skip
     largest = max(prepared.batches.examples(), key=lambda batch: batch["ids"].size)
     wide = {

@@ -20,16 +20,18 @@ from lowrank.core.errors import BadInput, NonFinite
 from lowrank.io.history import MOVES_SCHEMA
 from lowrank.run.bounds import Bounds
 from lowrank.train.ablation import ablation
-from lowrank.train.examples import OF_EXAMPLES, gauge
+from lowrank.train.examples import OF_EXAMPLES
 from lowrank.train.losses import Loss
 from lowrank.train.ranks import Gauge, RankEvents
 from lowrank.train.state import TrainState
 
 #: Signals that a step can measure of corrections which are sums of thin products.
 _OF_SIZE = frozenset({"norms", "spectrum"})
+#: Signals that the step comes by.
+_OF_STEP = frozenset({"gradients"}) | OF_EXAMPLES
 #: Signals for which the model runs once more.
-_OF_GATES = OF_EXAMPLES | {"ablation"}
-MEASURED = frozenset({"factors", "gradients"}) | _OF_SIZE | _OF_GATES | ONCE
+_APART = frozenset({"ablation"})
+MEASURED = frozenset({"factors"}) | _OF_STEP | _OF_SIZE | _APART | ONCE
 
 
 def slots_of(
@@ -81,21 +83,14 @@ def slots_of(
     return Slots(bounds.on(found))
 
 
-def gauges(
-    model: Callable[..., Any], loss: Loss, accumulate: int = 1
-) -> dict[str, Gauge]:
+def gauges(model: Callable[..., Any], loss: Loss) -> dict[str, Gauge]:
     """What measures the signals for which the model runs once more, by their names.
 
     Args:
       model: The adapted model, which takes whole batches.
       loss: What is minimized.
-      accumulate: Parts of a batch, as in training.
     """
-    of_examples = gauge(model, loss, accumulate)
-    return {
-        **dict.fromkeys(OF_EXAMPLES, of_examples),
-        "ablation": ablation(model, loss),
-    }
+    return {"ablation": ablation(model, loss)}
 
 
 def rank_events(
@@ -127,7 +122,7 @@ def rank_events(
         zeroed={path: _zeroed(adapted, path) for path in adapted.sites},
         thin=adapted.thin() if whole.needs & _OF_SIZE else {},
         roles=adapted.roles(),
-        gauge=next((gauges[name] for name in whole.needs & _OF_GATES), None),
+        gauge=next((gauges[name] for name in whole.needs & _APART), None),
     )
 
 

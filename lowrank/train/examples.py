@@ -1,4 +1,4 @@
-"""What every example of a batch says of every gate: gradients one by one.
+"""What every example of a batch says of every gate, from the step's own pass.
 
 With l_n the loss of example n alone, summed over its targets, and g_j a gate,
 
@@ -6,26 +6,30 @@ With l_n the loss of example n alone, summed over its targets, and g_j a gate,
     gate_fisher_j   = sum_n (dl_n/dg_j)^2 / #{n: w_n > 0}
 
 the gradient of the batch's mean loss, and the diagonal of the gates' empirical Fisher
-information, both over those rows that are measured. A model runs on each example by
-itself, mapped over all of them, so nothing is asked of how it lays out its batch. It
-costs a pass forward and one back through activations; gradients of weights are not
-formed, and per example and site max_rank numbers are held. Dropout is off: what is
-measured is the model that will be used.
+information. Every example gets gates of its own, all alike, and the model is mapped
+over examples and their gates. The loss depends on the gates of example n through l_n
+alone, so the step's one pass back, which forms the gradients of weights anyway, yields
+every dl_n/dg_j beside them. `python -m experiments.bench.ranks` says what that costs;
+held are max_rank numbers per example and layer more.
+
+What is trained stays what it was, up to rounding, with one difference: where the model
+draws random numbers, examples draw each for itself. Dropout of activations does so in
+any case; components that `rank_dropout` leaves out are, in a step that measures, left
+out for one example and not for all. Signals are measured under this noise.
 
 That is the sum over a batch only for a model that treats examples apart, without
 batch statistics or losses that compare them. `check_examples_apart` finds out.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from lowrank.core.arrays import Dials, Frozen, Trained
+from lowrank.core.arrays import Dials, Frozen, Key, Scalar, Trained
 from lowrank.core.errors import BadInput
 from lowrank.train.losses import Loss
 
@@ -35,70 +39,97 @@ OF_EXAMPLES = frozenset({"gate_gradient", "gate_fisher"})
 TOLERANCE = 1e-2
 #: Examples that the check is made on.
 _CHECKED = 4
-#: Of so many rows of a batch one is measured, at a part of the cost
-#: (`experiments.bench.ranks` says what is left of it).
-ONE_IN = 4
+
+#: Path -> gates, (rows, *stack, max_rank).
+RowGates = Mapping[str, Float[Array, " *rows_gate"]]
 
 
-def gauge(
-    model: Callable[..., Any], loss: Loss, accumulate: int = 1, one_in: int = ONE_IN
-) -> Callable:
-    """Builds (frozen, trained, dials, constants, batch) -> both signals, by path.
+class OfGates(NamedTuple):
+    """Sums over examples, so that parts of a batch add up.
+
+    Attributes:
+      gradient: Path -> sum_n dl_n/dg, (*stack, max_rank).
+      squares: Path -> sum_n (dl_n/dg)^2.
+      count: Examples with a weight.
+    """
+
+    gradient: dict[str, Array]
+    squares: dict[str, Array]
+    count: Scalar
+
+    def signals(self, weight: Scalar) -> dict[str, dict[str, Array]]:
+        """Both signals, by path; `weight` is that of all targets together."""
+        over = lambda tree, by: jax.tree.map(lambda x: x / jnp.maximum(by, 1e-9), tree)
+        return {
+            "gate_gradient": over(self.gradient, weight),
+            "gate_fisher": over(self.squares, self.count),
+        }
+
+
+def own_gates(dials: Dials, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """The gates of a trial once per row of a batch."""
+    rows = next(iter(batch.values())).shape[0]
+    wide = lambda gate: jnp.broadcast_to(gate, (rows, *gate.shape))
+    return {path: wide(own["gate"]) for path, own in dials.items()}
+
+
+def apart(
+    model: Callable[..., Any],
+    frozen: Frozen,
+    trained: Trained,
+    gates: RowGates,
+    batch: Mapping[str, Array],
+    dials: Dials,
+    key: Key | None,
+) -> Any:
+    """The model's outputs, every row computed by itself with gates of its own.
 
     Args:
       model: The adapted model: (frozen, trained, batch, dials=, key=) -> outputs.
-      loss: What is minimized, as sums.
-      accumulate: Parts that a batch is measured in, to hold fewer activations.
-      one_in: Of so many rows one is measured. A batch is drawn at random, so that is a
-        smaller batch, at a fraction of the cost.
+      frozen, trained, batch, dials, key: Its arguments.
+      gates: From `own_gates`; they stand in for those of the dials.
     """
 
-    def measure(
-        frozen: Frozen,
-        trained: Trained,
-        dials: Dials,
-        constants: Mapping[str, Array],
-        batch: Mapping[str, Array],
-    ) -> dict[str, dict[str, Array]]:
-        gates = {path: own["gate"] for path, own in dials.items()}
+    def one(gates: Mapping[str, Array], row: Mapping[str, Array], key: Key | None):
+        own = {path: {**dials[path], "gate": gate} for path, gate in gates.items()}
+        alone = {name: x[None] for name, x in row.items()}
+        return model(frozen, trained, alone, dials=own, key=key)
 
-        def of_example(gates: Any, row: Mapping[str, Array]):
-            own = {path: {**dials[path], "gate": gate} for path, gate in gates.items()}
-            alone = {name: x[None] for name, x in row.items()}
-            outputs = model(frozen, trained, alone, dials=own, key=None)
-            sums = loss(outputs, alone, constants)
-            return sums.loss, sums.weight
+    rows = next(iter(batch.values())).shape[0]
+    keys = None if key is None else jax.random.split(key, rows)
+    outputs = jax.vmap(one)(gates, batch, keys)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], *x.shape[2:]), outputs)
 
-        def of_part(part: Mapping[str, Array]):
-            one = jax.grad(of_example, has_aux=True)
-            each, weight = jax.vmap(one, in_axes=(None, 0))(gates, part)
-            real = weight > 0
-            # A row of padding may have nothing to take a mean of, and so no gradient.
-            blank = lambda g: jnp.where(
-                real.reshape(real.shape + (1,) * (g.ndim - 1)), g, 0
-            )
-            each = jax.tree.map(blank, each)
-            total = jax.tree.map(lambda g: jnp.sum(g, axis=0), each)
-            squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g), axis=0), each)
-            return total, squares, jnp.sum(weight), jnp.sum(real.astype(jnp.float32))
 
-        # Each device that holds rows of the batch measures some of its own.
-        rows = {name: x[::one_in] for name, x in batch.items()}
-        in_parts = math.gcd(accumulate, next(iter(rows.values())).shape[0])
-        if in_parts == 1:
-            found = of_part(rows)
-        else:
-            cut = lambda x: x.reshape(in_parts, -1, *x.shape[1:])
-            parts = jax.lax.map(of_part, {n: cut(x) for n, x in rows.items()})
-            found = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
-        total, squares, weight, count = found
-        over = lambda tree, by: jax.tree.map(lambda x: x / jnp.maximum(by, 1e-9), tree)
-        return {
-            "gate_gradient": over(total, weight),
-            "gate_fisher": over(squares, count),
-        }
+def of_gates(
+    slopes: RowGates,
+    outputs: Any,
+    loss: Loss,
+    batch: Mapping[str, Array],
+    constants: Mapping[str, Array],
+) -> OfGates:
+    """Sums what a pass has found; rows without weight have no say.
 
-    return measure
+    Args:
+      slopes: dL/d gates of every row, from the sum over the batch.
+      outputs, loss, batch, constants: Of the pass: which rows have a weight, the loss
+        knows.
+    """
+
+    def weight(outputs: Any, row: Mapping[str, Array]) -> Scalar:
+        alone = lambda tree: jax.tree.map(lambda x: x[None], tree)
+        return loss(alone(outputs), alone(dict(row)), constants).weight
+
+    real = jax.vmap(weight)(outputs, dict(batch)) > 0
+    total = jax.tree.map(lambda g: jnp.sum(g, axis=0), dict(slopes))
+    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g), axis=0), dict(slopes))
+    return OfGates(total, squares, jnp.sum(real.astype(jnp.float32)))
+
+
+def nothing(dials: Dials) -> OfGates:
+    """What a step that does not measure has found."""
+    gates = {path: jnp.zeros_like(own["gate"]) for path, own in dials.items()}
+    return OfGates(gates, gates, jnp.float32(0))
 
 
 def check_examples_apart(
@@ -118,7 +149,7 @@ def check_examples_apart(
     loss of these examples alone, to a hundredth of it, is not found.
 
     Args:
-      model, loss: As for `gauge`.
+      model, loss: As for `make_step`.
       frozen, trained, dials, constants: Of one trial.
       batch: Of that trial.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -50,10 +51,10 @@ def over_trials(
         model says about the sharding of its arrays then holds for each trial.
       entries_at_once: Trials take turns if their batches have more entries together,
         as many at a time as fit and divide the pack; None: all run side by side.
-      ranks: How ranks move; None where none does. The step hands out what it asks for.
+      ranks: How ranks move; None where none does. The step tells what they ask for.
     """
-    hands_out = ranks is not None and ranks.of_gradients
-    stepped = _stepped(step, num_trials, spmd_axis, entries_at_once, hands_out)
+    tells = ranks is not None and bool(ranks.of_step)
+    stepped = _stepped(step, num_trials, spmd_axis, entries_at_once, tells)
     if ranks is None:
         return stepped
 
@@ -68,9 +69,11 @@ def over_trials(
 
     def packed(frozen: Frozen, state: TrainState, batch: Mapping[str, Array]):
         state = ranks.before(state)
-        after, metrics, *task = stepped(frozen, state, batch)
-        given = task[0] if task else {}
-        after = ranks.after(state, after, metrics["finite"], given, frozen, batch, over)
+        due = ranks.measuring(state)
+        after, metrics, *told = stepped(frozen, state, batch, jnp.any(due))
+        seen = told[0] if told else {}
+        due &= metrics["finite"]
+        after = ranks.after(state, after, due, seen, frozen, batch, over)
         return after, {**metrics, **ranks.told(after)}
 
     return packed
@@ -81,40 +84,48 @@ def _stepped(
     num_trials: int,
     spmd_axis: str | None,
     entries_at_once: int | None,
-    hands_out: bool,
+    tells: bool,
 ) -> Callable:
     """The step of all trials, and nothing around it."""
 
-    def packed(frozen: Frozen, state: TrainState, batch: Mapping[str, Array]):
+    def packed(
+        frozen: Frozen,
+        state: TrainState,
+        batch: Mapping[str, Array],
+        measures: Array | None = None,
+    ):
+        # The same for all trials, so that it stays a choice between two programs: of
+        # their own it would be both.
+        whether = (measures,) if tells else ()
         fields = dict(vars(state))
         aside = {name: fields.pop(name) for name in _UNTOUCHED}
 
         def one(fields: dict[str, Any], batch: Mapping[str, Array]):
             whole = TrainState(**fields, **dict.fromkeys(_UNTOUCHED))
-            after, *told = step(frozen, whole, batch)
+            after, *told = step(frozen, whole, batch, *whether)
             return {name: getattr(after, name) for name in fields}, *told
 
         at_once = side_by_side(entries_of(batch), num_trials, entries_at_once)
         if num_trials == 1:
             alone = _but_step(lambda x: x.reshape(x.shape[1:]), fields)
             one_batch = {name: x.reshape(x.shape[1:]) for name, x in batch.items()}
-            moved, metrics, *task = one(alone, one_batch)
+            moved, metrics, *told = one(alone, one_batch)
             moved = _but_step(lambda x: x[None], moved)
             metrics = {name: x[None] for name, x in metrics.items()}
-            task = jax.tree.map(lambda x: x[None], task)
+            told = jax.tree.map(lambda x: x[None], told)
         elif at_once < num_trials:
             own = {name: value for name, value in fields.items() if name != "step"}
             turn = lambda given: one({"step": fields["step"], **given[0]}, given[1])
-            moved, metrics, *task = in_turns(turn, (own, batch), at_once)
+            moved, metrics, *told = in_turns(turn, (own, batch), at_once)
             moved["step"] = moved["step"][0]
         else:
             axes = {name: None if name == "step" else 0 for name in fields}
-            out = (axes, 0, 0) if hands_out else (axes, 0)
+            out = (axes, 0, 0) if tells else (axes, 0)
             run = jax.vmap(
                 one, in_axes=(axes, 0), out_axes=out, spmd_axis_name=spmd_axis
             )
-            moved, metrics, *task = run(fields, batch)
-        return TrainState(**moved, **aside), metrics, *task
+            moved, metrics, *told = run(fields, batch)
+        return TrainState(**moved, **aside), metrics, *told
 
     return packed
 

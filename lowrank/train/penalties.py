@@ -234,37 +234,39 @@ def impose(
 
 
 def with_drift(
-    run: Callable[[Trained], Any],
+    run: Callable[[Trained, Any], Any],
     judge: Callable[[Any], Sums],
-    trained: Trained,
+    at: tuple[Trained, Any],
     base: Array,
     batch: Mapping[str, Array],
-) -> tuple[Gradients, Sums]:
+) -> tuple[Gradients, Any, Sums, Any]:
     """Gradients of task and drift, apart, from one forward pass and two backward.
 
     Args:
-      run: Trained tree -> outputs.
+      run: (trained tree, whatever else is asked about) -> outputs.
       judge: Outputs -> the task's sums.
-      trained: Where the gradients are taken.
+      at: Where the gradients are taken.
       base: The base's outputs.
       batch: With "weight".
 
     Returns:
-      Both gradients, and the task's sums with that of the drift among the extra ones.
+      Both gradients by what is trained, the task's by the rest, the task's sums with
+      that of the drift among the extra ones, and the outputs.
     """
 
     def task(outputs):
         sums = judge(outputs)
         return sums.loss, sums
 
-    outputs, pull = jax.vjp(run, trained)
+    outputs, pull = jax.vjp(run, *at)
     _check_logits(outputs, batch)
     base = jax.lax.stop_gradient(base)
     value, away = jax.value_and_grad(drift)(outputs, base, batch)
     toward, sums = jax.grad(task, has_aux=True)(outputs)
     extra = {**sums.extra, f"{PREFIX}/drift": value}
-    found = Gradients(pull(toward)[0], _corrections(pull(away)[0]))
-    return found, sums._replace(extra=extra)
+    of_task, rest = pull(toward)
+    found = Gradients(of_task, _corrections(pull(away)[0]))
+    return found, rest, sums._replace(extra=extra), outputs
 
 
 def drift(

@@ -37,7 +37,7 @@ from lowrank.train.state import TrainState
 #: Whether every importance was a number so far: of the metrics, for the loop alone.
 SOUND = "sound"
 #: (frozen, trained, dials, constants, batch) -> signals by name, each path -> (*stack,
-#: max_rank): see `train.examples` and `train.ablation`.
+#: max_rank): see `train.ablation`.
 Gauge = Callable[..., Mapping[str, Mapping[str, Array]]]
 #: (function of one trial, its arguments with an axis of trials) -> results with one.
 MapTrials = Callable[..., Any]
@@ -69,9 +69,9 @@ class RankEvents:
         return self.allocation.program.selector in GAINING
 
     @property
-    def of_gradients(self) -> bool:
-        """Whether the step has to hand out the task's gradient."""
-        return "gradients" in self.allocation.needs
+    def of_step(self) -> frozenset[str]:
+        """The signals that the step itself has to tell."""
+        return self.allocation.needs & (OF_EXAMPLES | {"gradients"})
 
     @property
     def looks_first(self) -> bool:
@@ -206,26 +206,28 @@ class RankEvents:
             }
         return found
 
+    def measuring(self, state: TrainState) -> Bool[Array, " trials"]:
+        """Which trials measure in the step that follows; ended ones do not."""
+        one = lambda own: self.allocation.measures(state.step, own)
+        return jax.vmap(one)(state.ranks["constants"]) & state.live
+
     def after(
         self,
         before: TrainState,
         after: TrainState,
-        finite: Bool[Array, " trials"],
-        gradients: Trained,
+        due: Bool[Array, " trials"],
+        seen: Mapping[str, Any],
         frozen: Frozen,
         batch: Mapping[str, Array],
         over: MapTrials,
     ) -> TrainState:
         """The state with what the step has measured.
 
-        A step that is not finite tells nothing, and neither does one of a trial that
-        has ended.
-
         Args:
           before: What the step computed with.
           after: What came of it.
-          finite: Of each trial, whether its step was.
-          gradients: Of the task, if they are asked for.
+          due: Whose measurements count: of those that measure, whose step was finite.
+          seen: What the step told, of `of_step`.
           frozen: The base.
           batch: Of all trials.
           over: Maps over trials.
@@ -234,19 +236,17 @@ class RankEvents:
         if not self.allocation.measure_every:
             # What is needed, if anything, was measured before the first step.
             return after.replace(ranks=ranks)
-        one = lambda own: self.allocation.measures(before.step, own)
-        due = jax.vmap(one)(ranks["constants"]) & before.live & finite
 
         def run(memory: Any) -> Any:
-            def observe(own, trained, dials, constants, gradients, weights, batch):
-                given = self._signals(frozen, trained, dials, gradients, weights, batch)
+            def observe(own, trained, dials, constants, seen, weights, batch):
+                given = self._signals(frozen, trained, dials, seen, weights, batch)
                 seen = self.allocation.observe(
                     self._flat(own), given, before.step, constants
                 )
                 return self._rest(seen)
 
             new = over(observe)(
-                memory, before.trained, before.dials, ranks["constants"], gradients,
+                memory, before.trained, before.dials, ranks["constants"], seen,
                 before.constants, batch,
             )  # fmt: skip
             return _where(due, new, memory)
@@ -259,7 +259,7 @@ class RankEvents:
         frozen: Frozen,
         trained: Trained,
         dials: Dials,
-        gradients: Trained,
+        seen: Mapping[str, Any],
         constants: Mapping[str, Array],
         batch: Mapping[str, Array],
     ) -> Signals:
@@ -269,7 +269,8 @@ class RankEvents:
         if "factors" in needs:
             found["factors"] = {path: trained[path] for path in slots.paths}
         if "gradients" in needs:
-            found["gradients"] = {path: gradients[path] for path in slots.paths}
+            found["gradients"] = {p: seen["gradients"][p] for p in slots.paths}
+        found |= {name: slots.flat(seen[name]) for name in needs & OF_EXAMPLES}
         for name, of in (("norms", signals.norms), ("spectrum", signals.spectrum)):
             if name in needs:
                 found[name] = slots.flat(

@@ -1,14 +1,16 @@
 """One training step of one trial, as a pure function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from lowrank.core.arrays import Dials, Frozen, Roles, Trained
+from lowrank.train import examples
+from lowrank.train.examples import OF_EXAMPLES, OfGates
 from lowrank.train.losses import Loss, Sums
 from lowrank.train.optim import Active, AdamW, only, rate, transformation
 from lowrank.train.penalties import Gradients, Imposed, closed, with_drift
@@ -28,8 +30,8 @@ def make_step(
     imposed: Imposed = Imposed(),
     roles: Roles | None = None,
     ages: bool = False,
-    hands_out: bool = False,
-) -> Callable[[Frozen, TrainState, Mapping[str, Array]], tuple]:
+    tells: Collection[str] = frozenset(),
+) -> Callable[..., tuple]:
     """Builds `step(frozen, state, batch) -> (state, metrics)` for one trial.
 
     A step whose loss or gradient norm is not finite changes nothing but the counters:
@@ -49,49 +51,82 @@ def make_step(
       roles: What the axes of the factors are for; ages and `b_ratio` need them.
       ages: Whether components count their updates each for itself, as where gates open
         in mid-run they must; the state is made with them.
-      hands_out: Whether the step returns (state, metrics, the task's gradient), the
-        mean over the batch before penalties and clipping, for allocators that ask.
+      tells: Signals for allocators that the step comes by: "gradients", the task's mean
+        over the batch before penalties and clipping, and those of `train.examples`. If
+        there are any it takes a fourth argument, whether it measures, and returns
+        (state, metrics, signals). All trials of a pack measure or none: the one that
+        does not runs the plain pass, and its gates have zeros.
     """
+    of_examples = bool({*tells} & OF_EXAMPLES)
 
-    def objective(trained: Trained, frozen: Frozen, state: TrainState, batch, key):
-        outputs = model(frozen, trained, batch, dials=state.dials, key=key)
-        sums = loss(outputs, batch, state.constants)
-        return sums.loss, sums
+    def gradient(
+        trained, frozen, state, batch, key, apart: bool
+    ) -> tuple[Gradients, Sums, OfGates | None]:
+        """Sums over a batch; if its rows go apart, of every row's gates too."""
 
-    def gradient(trained, frozen, state, batch, key) -> tuple[Gradients, Sums]:
+        def run(trained: Trained, gates: examples.RowGates):
+            if apart:
+                own = (trained, gates, batch, state.dials, key)
+                return examples.apart(model, frozen, *own)
+            return model(frozen, trained, batch, dials=state.dials, key=key)
+
+        def objective(trained: Trained, gates: examples.RowGates):
+            outputs = run(trained, gates)
+            sums = judge(outputs)
+            return sums.loss, (sums, outputs)
+
+        judge = lambda outputs: loss(outputs, batch, state.constants)
+        gates = examples.own_gates(state.dials, batch) if apart else {}
         if imposed.drifts:
-            run = lambda t: model(frozen, t, batch, dials=state.dials, key=key)
-            judge = lambda outputs: loss(outputs, batch, state.constants)
             shut = closed(state.dials)
             base = model(frozen, trained, batch, dials=shut, key=None)
-            return with_drift(run, judge, trained, base, batch)
-        of_task = jax.grad(objective, has_aux=True)
-        task, sums = of_task(trained, frozen, state, batch, key)
-        return Gradients(task), sums
+            found, slopes, sums, outputs = with_drift(
+                run, judge, (trained, gates), base, batch
+            )
+        else:
+            of_task = jax.grad(objective, argnums=(0, 1), has_aux=True)
+            (task, slopes), (sums, outputs) = of_task(trained, gates)
+            found = Gradients(task)
+        if not apart:
+            return found, sums, examples.nothing(state.dials) if of_examples else None
+        own = examples.of_gates(slopes, outputs, loss, batch, state.constants)
+        return found, sums, own
 
-    def gradients(frozen, state, batch) -> tuple[Gradients, Sums]:
+    def gradients(frozen, state, batch, apart: bool):
         key = jax.random.fold_in(state.key, state.step) if draws else None
         if optim.accumulate == 1:
-            return gradient(state.trained, frozen, state, batch, key)
+            return gradient(state.trained, frozen, state, batch, key, apart)
 
         def one(total, part):
             index, micro = part
             own = None if key is None else jax.random.fold_in(key, index)
-            return jax.tree.map(
-                jnp.add, total, gradient(state.trained, frozen, state, micro, own)
-            ), None
+            found = gradient(state.trained, frozen, state, micro, own, apart)
+            return jax.tree.map(jnp.add, total, found), None
 
         parts = jax.tree.map(
             lambda x: x.reshape(optim.accumulate, -1, *x.shape[1:]), batch
         )
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradient, state.trained, frozen, state, first, key)
+        of_one = lambda *given: gradient(*given, apart=apart)
+        shapes = jax.eval_shape(of_one, state.trained, frozen, state, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         total, _ = jax.lax.scan(one, zeros, (jnp.arange(optim.accumulate), parts))
         return total
 
-    def step(frozen: Frozen, state: TrainState, batch: Mapping[str, Array]):
-        found, sums = gradients(frozen, state, batch)
+    def step(
+        frozen: Frozen,
+        state: TrainState,
+        batch: Mapping[str, Array],
+        measures: Bool[Array, ""] | bool = False,
+    ):
+        if of_examples:
+            found, sums, seen = jax.lax.cond(
+                measures,
+                lambda: gradients(frozen, state, batch, apart=True),
+                lambda: gradients(frozen, state, batch, apart=False),
+            )
+        else:
+            found, sums, seen = gradients(frozen, state, batch, apart=False)
         weight = jnp.maximum(sums.weight, 1e-9)
         moving = active(state.dials)
         task = only(moving, jax.tree.map(lambda g: g / weight, found.task))
@@ -123,6 +158,11 @@ def make_step(
             opt=jax.tree.map(keep, opt, state.opt),
             skipped=state.skipped + (~finite & state.live).astype(state.skipped.dtype),
         )
-        return (after, metrics, task) if hands_out else (after, metrics)
+        if not tells:
+            return after, metrics
+        told: dict[str, Any] = {"gradients": task} if "gradients" in tells else {}
+        if seen is not None:
+            told |= {n: x for n, x in seen.signals(weight).items() if n in tells}
+        return after, metrics, told
 
     return step

@@ -1,5 +1,7 @@
 """Gates example by example: by differences, by a loop, and with a silent padding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,11 @@ from test_ranks import HELD, LAYERS, OPTIM, RANK, STEPS, WINDOW, World, best, ma
 
 from lowrank.allocate.recipes import AdaLoRA, Adaptive, Fisher
 from lowrank.core.errors import BadInput
-from lowrank.train.examples import check_examples_apart, gauge
+from lowrank.deltas.lora import LoRA
+from lowrank.train import state as states
+from lowrank.train.examples import OF_EXAMPLES, check_examples_apart
 from lowrank.train.losses import cross_entropy
-from lowrank.train.penalties import Penalties, impose
+from lowrank.train.penalties import Imposed, Penalties, impose
 from lowrank.train.step import make_step
 
 CONSTANTS = {"label_smoothing": jnp.float32(0.1)}
@@ -35,22 +39,60 @@ def world():
     return adapted, frozen, disturbed(trained), adapted.dials()
 
 
-def loss_of(world, batch):
+def loss_of(world, batch, key=None):
     adapted, frozen, trained, dials = world
     model, batch = toy.model_of(adapted), toy.on_device(batch)
 
     def loss(gates):
         own = {path: {**dials[path], "gate": gate} for path, gate in gates.items()}
-        outputs = model(frozen, trained, batch, dials=own, key=None)
+        outputs = model(frozen, trained, batch, dials=own, key=key)
         return cross_entropy(outputs, batch, CONSTANTS)
 
     return jax.jit(loss), {path: own["gate"] for path, own in dials.items()}
 
 
-def measured(world, batch, accumulate=1, one_in=1):
-    adapted, *trees = world
-    run = gauge(toy.model_of(adapted), cross_entropy, accumulate, one_in)
-    return jax.jit(run)(*trees, CONSTANTS, toy.on_device(batch))
+def trial(world, imposed=Imposed(), weights=(), optim=OPTIM):
+    """The state of one trial, disturbed as the world's."""
+    adapted, _, trained, dials = world
+    state = states.start(adapted.init_trained, dials, [optim], [0], weights=weights)
+    first = lambda x: x[0]
+    fields = {
+        name: value if name == "step" else jax.tree.map(first, value)
+        for name, value in vars(state).items()
+    }
+    smooth = {**fields["constants"], **CONSTANTS}
+    return states.TrainState(**{**fields, "trained": trained, "constants": smooth})
+
+
+def stepped(world, batch, measures=True, tells=OF_EXAMPLES, imposed=Imposed(), **more):
+    """What a step does and tells; `more` goes into its optimizer."""
+    adapted, frozen, *_ = world
+    optim = dataclasses.replace(OPTIM, **more)
+    weights = [dict.fromkeys(imposed.names, 0.1)] if imposed.names else ()
+    step = make_step(
+        toy.model_of(adapted), cross_entropy, optim, STEPS, adapted.draws,
+        adapted.active, imposed, tells=tells,
+    )  # fmt: skip
+    given = frozen, trial(world, imposed, weights, optim), toy.on_device(batch)
+    return jax.jit(step)(*given, *([jnp.bool_(measures)] if tells else []))
+
+
+def measured(world, batch, **more):
+    return stepped(world, batch, **more)[2]
+
+
+def by_hand(world, batch, rows, keys=None):
+    """Sums of slopes and of their squares, row after row."""
+    total, squares = 0.0, 0.0
+    for row in range(rows):
+        alone = {name: x[row : row + 1] for name, x in batch.items()}
+        loss, gates = loss_of(world, alone, None if keys is None else keys[row])
+        slope = jax.grad(lambda g, loss=loss: loss(g).loss)(gates)
+        square = jax.tree.map(jnp.square, slope)
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)
+        total = add(slope, total) if row else slope
+        squares = add(square, squares) if row else square
+    return total, squares
 
 
 def test_the_gate_gradient_is_the_slope_of_the_loss(world):
@@ -69,15 +111,8 @@ def test_the_gate_gradient_is_the_slope_of_the_loss(world):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_gate_fisher_is_a_loop_over_examples(world, accumulate):
     batch = toy.batch(5, padding=2)
-    squares, total = 0.0, 0.0
-    for row in range(6):
-        alone = {name: x[row : row + 1] for name, x in batch.items()}
-        loss, gates = loss_of(world, alone)
-        slope = jax.grad(lambda g, loss=loss: loss(g).loss)(gates)
-        total = jax.tree.map(lambda a, b: a + b, slope, total) if row else slope
-        square = jax.tree.map(jnp.square, slope)
-        squares = jax.tree.map(lambda a, b: a + b, square, squares) if row else square
-    found = measured(world, batch, accumulate)
+    found = measured(world, batch, accumulate=accumulate)
+    total, squares = by_hand(world, batch, 6)
     for path in ("stack", "up"):
         for name, sums in (("gate_gradient", total), ("gate_fisher", squares)):
             np.testing.assert_allclose(
@@ -85,23 +120,53 @@ def test_the_gate_fisher_is_a_loop_over_examples(world, accumulate):
             )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_one_row_in_so_many_is_measured(world, accumulate):
-    batch = toy.batch(5, padding=3)
-    few = {name: x[::3] for name, x in batch.items()}
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_that_measures_trains_as_one_that_does_not(world, accumulate):
+    batch, more = toy.batch(5, padding=2), {"accumulate": accumulate}
+    plain, metrics = stepped(world, batch, tells=(), **more)
+    still, at_rest, nothing = stepped(world, batch, False, **more)
+    after, told, _ = stepped(world, batch, **more)
+    same = np.testing.assert_array_equal
+    jax.tree.map(same, (still.trained, at_rest), (plain.trained, metrics))
+    assert not any(x.any() for x in jax.tree.leaves(nothing))
+    # Rows one by one sum in another order: float32, and a few hundred terms.
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    moved = lambda s: jax.tree.map(jnp.subtract, s.trained, world[2])
+    jax.tree.map(close, (moved(after), told), (moved(plain), metrics))
+
+
+def test_the_drift_has_no_say_in_what_a_gate_is_worth(world):
+    batch = toy.batch(5)
+    imposed = impose([Penalties(drift=0.1)], world[0].sites, world[0].thin)
+    after, metrics, found = stepped(world, batch, imposed=imposed)
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
-        measured(world, batch, accumulate, one_in=3),
-        measured(world, few),
-    )
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        found, measured(world, batch),
+    )  # fmt: skip
+    plain, alike = stepped(world, batch, tells=(), imposed=imposed)
+    assert float(alike["penalty/drift"]) > 0.01
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        (after.trained, metrics), (plain.trained, alike),
+    )  # fmt: skip
 
 
-def test_padding_without_a_number_is_silent(world):
-    batch = toy.batch(5, padding=2)
-    batch["mask"][6:] = False  # A mean over nothing.
-    clean = measured(world, toy.batch(5, padding=2))
+def test_every_example_draws_for_itself():
+    adapted = make(LoRA(dropout=0.3, rank_dropout=0.3))
+    frozen, trained = adapted.init(jax.random.key(0))
+    world = adapted, frozen, disturbed(trained), adapted.dials()
+    batch = toy.batch(5)
+    state = trial(world)
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), 8)
     found = measured(world, batch)
-    jax.tree.map(np.testing.assert_array_equal, found, clean)
+    _, squares = by_hand(world, batch, 8, keys)
+    for path in ("stack", "up"):
+        np.testing.assert_allclose(
+            found["gate_fisher"][path], squares[path] / 8, rtol=1e-4, atol=1e-5
+        )
+    assert not jnp.allclose(
+        found["gate_fisher"]["up"], by_hand(world, batch, 8)[1]["up"] / 8
+    )
 
 
 def test_models_that_couple_examples_are_refused(world):
@@ -121,9 +186,20 @@ def test_models_that_couple_examples_are_refused(world):
 
 def test_gates_by_fisher_are_a_replay_on_the_host():
     world = World(Fisher(**WINDOW), Fisher(**{**WINDOW, "decay": 0.5, "begin": 4}))
-    run = gauge(toy.model_of(world.adapted), cross_entropy)
-    trees = (None, 0, 0, 0, 0)
-    alone = jax.jit(jax.vmap(run, in_axes=trees))
+    model = toy.model_of(world.adapted)
+
+    def fisher(trained, dials, constants, batch):
+        def of_row(gates, row):
+            own = {path: {**dials[path], "gate": gate} for path, gate in gates.items()}
+            row = {name: x[None] for name, x in row.items()}
+            outputs = model(world.frozen, trained, row, dials=own, key=None)
+            return cross_entropy(outputs, row, constants).loss
+
+        gates = {path: own["gate"] for path, own in dials.items()}
+        slopes = jax.vmap(jax.grad(of_row), in_axes=(None, 0))(gates, batch)
+        return jax.tree.map(lambda x: jnp.mean(jnp.square(x), axis=0), slopes)
+
+    alone = jax.jit(jax.vmap(fisher))
     total = LAYERS * HELD + HELD
     gates, means, counts = np.ones((2, total)), np.zeros((2, total)), 0
     for at, before, after, _ in world.states():
@@ -136,9 +212,8 @@ def test_gates_by_fisher_are_a_replay_on_the_host():
             np.testing.assert_array_equal(world.flat(after, trial), gates[trial])
         if at % 2 == 0 and at < 17:
             found = alone(
-                world.frozen, before.trained, after.dials, before.constants,
-                world.batch(at),
-            )["gate_fisher"]  # fmt: skip
+                before.trained, after.dials, before.constants, world.batch(at)
+            )
             flat = np.concatenate(
                 [np.asarray(found[p]).reshape(2, -1) for p in ("stack", "up")], axis=1
             )
@@ -159,7 +234,7 @@ def test_sensitivity_sees_the_task_alone_and_its_own_step():
     model = toy.model_of(adapted)
     step = make_step(
         model, cross_entropy, OPTIM, STEPS, False, adapted.active, imposed,
-        adapted.roles(), hands_out=True,
+        adapted.roles(), tells={"gradients"},
     )  # fmt: skip
     state = world.run(steps=3)
     constants = {**state.constants, "frobenius": jnp.float32([0.1])}
@@ -167,7 +242,7 @@ def test_sensitivity_sees_the_task_alone_and_its_own_step():
     step_state = state.replace(constants=constants)
     alone = first(step_state.replace(step=state.step[None]))
     batch = first(world.batch(3))
-    _, metrics, task = jax.jit(step)(world.frozen, alone, batch)
+    _, metrics, told = jax.jit(step)(world.frozen, alone, batch, jnp.bool_(False))
 
     def mean(trained):
         outputs = model(world.frozen, trained, batch, dials=alone.dials, key=None)
@@ -177,8 +252,9 @@ def test_sensitivity_sees_the_task_alone_and_its_own_step():
     grads = jax.grad(mean)(alone.trained)
     assert float(metrics["penalty/frobenius"]) > 0
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), task, grads
-    )
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+        told["gradients"], grads,
+    )  # fmt: skip
     before = first(state.ranks["memory"]["importance"])
     (_, _, after, _) = next(world.states(start=3, steps=4))
     found = first(after.ranks["memory"]["importance"])

@@ -250,20 +250,21 @@ def test_drift_is_the_divergence_from_the_base_and_spares_the_head():
     state = trial_state(adapted, impose([NONE], adapted.sites, adapted.thin), NONE)
     trained, dials, frozen = state.trained, state.dials, adapted.frozen()
     model = toy.model_of(adapted)
-    run = lambda t: model(frozen, t, batch, dials=dials, key=None)
+    run = lambda t, rest: model(frozen, t, batch, dials=rest, key=None)
     judge = lambda y: cross_entropy(y, batch, state.constants)
 
     def both(trained):
         base = model(frozen, trained, batch, dials=closed(dials), key=None)
-        return base, *with_drift(run, judge, trained, base, batch)
+        return base, *with_drift(run, judge, (trained, dials), base, batch)
 
-    base, found, sums = jax.jit(both)(trained)
+    base, found, slopes, sums, outputs = jax.jit(both)(trained)
+    np.testing.assert_array_equal(outputs, jax.jit(run)(trained, dials))
     plain = toy.apply({**frozen, "head": trained["head"]}, batch)
     np.testing.assert_allclose(base, plain, atol=1e-6)
 
     wide = lambda x: np.asarray(x, np.float64)
     soft = lambda y: np.exp(y) / np.exp(y).sum(-1, keepdims=True)
-    p, q = soft(wide(plain)), soft(wide(jax.jit(run)(trained)))
+    p, q = soft(wide(plain)), soft(wide(outputs))
     expected = (wide(batch["weight"]) * (p * np.log(p / q)).sum(-1)).sum()
     assert float(sums.extra["penalty/drift"]) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
@@ -277,7 +278,8 @@ def test_drift_is_the_divergence_from_the_base_and_spares_the_head():
     assert set(found.drift) == {"up"}
     close(found.drift["up"], jax.grad(dense)(trained["up"]), 1e-4)
     # The task's gradient is what it is without.
-    close(found.task, jax.jit(jax.grad(lambda t: judge(run(t)).loss))(trained))
+    task = jax.grad(lambda t, rest: judge(run(t, rest)).loss, argnums=(0, 1))
+    close((found.task, slopes), jax.jit(task)(trained, dials))
 
 
 def test_rows_of_padding_and_excluded_classes_do_not_drift():
@@ -360,6 +362,7 @@ def test_what_cannot_be_penalised_is_said_before_compilation():
         impose([NONE, ALL], {}, dict)
     with pytest.raises(BadInput, match="'up' has no gate"):
         closed({"up": {"scale": jnp.ones(())}})
-    run = lambda t: {"logits": t["x"]}
+    run = lambda t, rest: {"logits": t["x"]}
+    at = {"x": jnp.ones(2)}, {}
     with pytest.raises(BadInput, match=r"one array of logits .*drift=0"):
-        with_drift(run, run, {"x": jnp.ones(2)}, jnp.ones(2), {"weight": jnp.ones(2)})
+        with_drift(run, run, at, jnp.ones(2), {"weight": jnp.ones(2)})

@@ -38,7 +38,7 @@ def apply(params, batch):
     return jnp.tanh(x @ params["up"]) @ params["head"]
 
 
-def make():
+def make(delta=None):
     keys = jax.random.split(jax.random.key(0), 3)
     width = toy.WIDTH
     params = {
@@ -49,7 +49,7 @@ def make():
     }
     rules = [
         Train("head", init="dense"),
-        Rule("{stack,up}", LoRA(), rank=RANK, max_rank=HELD),
+        Rule("{stack,up}", delta or LoRA(), rank=RANK, max_rank=HELD),
     ]
     return attach(apply, params, inputs_of(toy.batch(0)), rules=rules)
 
@@ -71,7 +71,7 @@ class World:
         step = make_step(
             model, loss, optims[0], STEPS, False, self.adapted.active,
             roles=self.adapted.roles(), ages=births,
-            hands_out=self.ranks.of_gradients,
+            tells=self.ranks.of_step,
         )  # fmt: skip
         dials = self.ranks.opened([self.adapted.dials()] * count)
         self.state = states.start(
