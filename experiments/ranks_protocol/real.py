@@ -6,6 +6,7 @@ of head and factors, the order of the data and the ranks are a seed's own. Rates
 chosen on the validation split, arms are judged on the test split.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from experiments.ranks_protocol.settings import JUDGED_SEED
 from experiments.ranks_protocol.settings import Protocol as Settings
@@ -144,7 +146,10 @@ class Real:
 @functools.lru_cache(maxsize=8)
 def _prepared(arguments: tuple[str, ...]) -> Prepared:
     """The base and the data: every arm asks for the same ones again."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    # Within a command, Hydra stands already and does not stand twice.
+    stands = GlobalHydra.instance().is_initialized()
+    here = initialize_config_dir(str(CONF), version_base="1.3") if not stands else None
+    with here or contextlib.nullcontext():
         config = compose("config", [*arguments, f"evaluate.batch_size={_ROWS}"])
     return prepare(read(dict(resolve(config))))
 
