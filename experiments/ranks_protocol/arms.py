@@ -5,6 +5,7 @@
     fisher       gate-Fisher             } the best components of all layers, in one
     sensitivity  AdaLoRA's importance    } window and on one cubic schedule, with gates
     norm         component norm          } that shut for good
+    activation   its output's energy     }
     random       the same at random: what pruning does alone
     retrain      the final ranks of fisher from the start: which ranks, without pruning
     shuffled     these ranks on the wrong layers
@@ -29,7 +30,7 @@ from lowrank.core.errors import BadInput, UnknownName, nearest
 
 BASELINE, ORACLE = "uniform", "oracle"
 #: Arms that choose by looking at what training tells them.
-METHODS = ("fisher", "sensitivity", "norm")
+METHODS = ("fisher", "sensitivity", "norm", "activation")
 #: Those that the wanted outcomes are about.
 CLAIMED = ("fisher", "sensitivity")
 #: Those that look at nothing.
@@ -93,6 +94,7 @@ ARMS: Mapping[str, Arm] = {
     "fisher": Arm(_by(importance="fisher")),
     "sensitivity": Arm(_by(importance="sensitivity", measure_every=1, decay=0.85)),
     "norm": Arm(_by(importance="norm")),
+    "activation": Arm(_by(importance="activation")),
     "random": Arm(_by(importance="random")),
     "retrain": Arm(lambda p, _: Given(ranks=_told(p.found)), needs="fisher"),
     "shuffled": Arm(

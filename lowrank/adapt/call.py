@@ -17,6 +17,9 @@ from lowrank.deltas.base import drop
 from lowrank.deltas.contraction import contract, has_explicit_axes
 from lowrank.deltas.product import Numerics, Subscripts, lowrank
 
+#: The rank a second time, for what has two such axes.
+_AGAIN = Label((), "rank again")
+
 
 class DotCall:
     """A matrix product with the weight on either side, over any number of axes.
@@ -112,7 +115,13 @@ class DotCall:
         return key.reshape(-1)[0] if key is not None and key.ndim else key
 
     def lowrank(
-        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+        self,
+        a: Array,
+        b: Array,
+        gate: Array,
+        rate: Any = None,
+        x: Array | None = None,
+        gram: Array | None = None,
     ) -> Array:
         x, key = self._input(x), self._one_key()
         if rate is not None and key is not None:
@@ -123,6 +132,7 @@ class DotCall:
         (lo, lo_labels), (hi, hi_labels) = (a, a_labels), (b, b_labels)
         if self.transposed:
             (lo, lo_labels), (hi, hi_labels) = (b, b_labels), (a, a_labels)
+            self._check_unwatched(gram)
         rows = [t for t in x_labels if t not in self.contracted or t in hi_labels]
         others = [t for t in lo_labels if t not in x_labels and t != RANK]
         u_labels = [*rows, *others, RANK]
@@ -138,12 +148,25 @@ class DotCall:
         gate = self._lay(gate, self.view.part_labels(("stack", "rank")), u_labels)
         numerics = Numerics(str(self._out.dtype), self._precision)
         own, lo, hi, gate = vary_alike(own, lo, hi, gate)
-        y = lowrank(own, lo, hi, gate, Subscripts(*names), numerics)
+        if gram is not None:
+            kept_labels = [*self.view.part_labels(("stack", "rank")), _AGAIN]
+            names.append(subscript(kept_labels, letters))
+            gram = vary_alike(own, gram)[1]
+        y = lowrank(own, lo, hi, gate, Subscripts(*names), numerics, gram)
         if has_explicit_axes() and len(kept) == len(self.y_labels):
             y = jax.sharding.reshard(y, self._out.sharding)
         if len(kept) == len(self.y_labels):
             return y
         return lax.broadcast_in_dim(y, self._out.shape, kept)
+
+    def _check_unwatched(self, gram: Array | None) -> None:
+        """Raises BadInput where the second moments of x a^T are not to be had."""
+        if gram is not None:
+            raise BadInput(
+                f"{self.view.path}: the second moments of x a^T are asked for, and the "
+                "weight is a table of rows, a kernel, one of experts, or used both "
+                "ways: leave it out (delta.targets), or set another ranks.importance"
+            )
 
     def _own_axes(self, x: Array) -> tuple[Array, list[Any]]:
         """The input without axes of the weight that the program added.
@@ -193,9 +216,16 @@ class GatherCall(DotCall):
         self._pick = pick
 
     def lowrank(
-        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+        self,
+        a: Array,
+        b: Array,
+        gate: Array,
+        rate: Any = None,
+        x: Array | None = None,
+        gram: Array | None = None,
     ) -> Array:
         del x  # The input is an index.
+        self._check_unwatched(gram)
         view, table = self.view, self.contracted[0]
         (lo, lo_role), (hi, hi_role) = (a, "in"), (b, "out")
         if table in view.outs:
@@ -238,8 +268,15 @@ class ConvCall(DotCall):
         self._params = params
 
     def lowrank(
-        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+        self,
+        a: Array,
+        b: Array,
+        gate: Array,
+        rate: Any = None,
+        x: Array | None = None,
+        gram: Array | None = None,
     ) -> Array:
+        self._check_unwatched(gram)
         view, x, key = self.view, self._input(x), self._one_key()
         if rate is not None and key is not None:
             x = drop(x, rate, key)
@@ -300,8 +337,15 @@ class RaggedCall(DotCall):
         return (self.view.labels[0],)
 
     def lowrank(
-        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+        self,
+        a: Array,
+        b: Array,
+        gate: Array,
+        rate: Any = None,
+        x: Array | None = None,
+        gram: Array | None = None,
     ) -> Array:
+        self._check_unwatched(gram)
         x, key = self._input(x), self._one_key()
         if rate is not None and key is not None:
             x = drop(x, rate, key)

@@ -362,6 +362,8 @@ IMPORTANCES: Mapping[str, Importance] = {
     # The signed mean: near zero wherever training has converged. Known to mislead.
     "gradient": Smoothed("gate_gradient"),
     "norm": Smoothed("norms"),
+    # The norm on the inputs that there are.
+    "activation": Smoothed("activations"),
     "sensitivity": Sensitivity(),
     "effective_rank": EffectiveRank(),
     "variance": Latest("variance"),

@@ -27,6 +27,7 @@ Name = Literal[
     "fisher",
     "gradient",
     "norm",
+    "activation",
     "sensitivity",
     "effective_rank",
     "variance",

@@ -44,6 +44,10 @@ SIGNALS: Mapping[str, Signal] = {
         "max_rank numbers per example: the step's own pass",
     ),
     "norms": Signal("components: |c_j| |a_j| |b_j|", "O(max_rank (d_in + d_out))"),
+    "activations": Signal(
+        "components: c_j^2 |b_j|^2 G_jj, G the Gram matrix of u = x a^T over a batch",
+        "max_rank^2 numbers per layer: the step's own pass, and a product more",
+    ),
     "spectrum": Signal(
         "components: singular values of each layer's correction, falling",
         "O(max_rank^2 (d_in + d_out)) and an SVD of max_rank x max_rank",
@@ -69,6 +73,21 @@ def norms(terms: Terms) -> Float[Array, "layers max_rank"]:
     """||c_j a_j b_j||_F = |c_j| |a_j| |b_j|, without forming the product."""
     length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))
     return jnp.abs(terms.c) * length(terms.a) * length(terms.b)
+
+
+def energies(
+    terms: Terms, gram: Float[Array, "layers max_rank max_rank"]
+) -> Float[Array, "layers max_rank"]:
+    """sum_t ||c_j u_tj b_j||^2 = c_j^2 |b_j|^2 G_jj with G = sum_t u_t^T u_t.
+
+    What every component adds to the outputs of its weight, on the inputs that there
+    are, u_t = x_t a^T: a norm that is weighed by how far inputs reach into a_j. With
+    the rest of G it would be sum_jk c_j c_k (b_j b_k) G_jk, the energy of the whole
+    correction, which ranks layers in LoRA-drop (Zhou et al. 2024, arXiv:2402.07721).
+    Those terms belong to no component alone, and are left out.
+    """
+    moments = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    return jnp.square(terms.c) * jnp.sum(jnp.square(terms.b), axis=-1) * moments
 
 
 def core(terms: Terms) -> tuple[Array, Array, Array]:

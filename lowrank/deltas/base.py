@@ -66,9 +66,19 @@ class Call(Site, Protocol):
         ...
 
     def lowrank(
-        self, a: Array, b: Array, gate: Array, rate: Any = None, x: Array | None = None
+        self,
+        a: Array,
+        b: Array,
+        gate: Array,
+        rate: Any = None,
+        x: Array | None = None,
+        gram: Array | None = None,
     ) -> Array:
-        """((drop(x) a^T) * gate) b, or its transpose where W is used transposed."""
+        """((drop(x) a^T) * gate) b, or its transpose where W is used transposed.
+
+        What is called its derivative by `gram`, (stack, max_rank, max_rank), are the
+        second moments of drop(x) a^T: see `deltas.product.lowrank`.
+        """
         ...
 
     def onto_x(self, vector: Array) -> Array:

@@ -30,7 +30,8 @@ class LoRA(Delta):
     Rank dropout (LyCORIS, Yeh et al. 2023, arXiv:2309.14859, an option of its code)
     replaces g in training by g m / (1 - p), m_r from Bernoulli(1 - p): whole components
     are left out. Every step draws one mask per site and layer, which all uses of the
-    weight share; unlike LyCORIS it is always scaled, so that its mean is g.
+    weight share; unlike LyCORIS it is always scaled, so that its mean is g. In a step
+    that measures gates example by example, every example draws one (`train.probes`).
 
     Attributes:
       alpha: Numerator of the scale.
@@ -51,12 +52,13 @@ class LoRA(Delta):
         "scale": (),
         "dropout": (),
         "rank_dropout": (),
+        "gram": ("stack", "rank", "rank"),
     }
     linear: ClassVar[Mapping[str, str]] = {"in": "a", "out": "b"}
     dialled: ClassVar[frozenset[str]] = frozenset(
         {"alpha", "scaling", "dropout", "rank_dropout"}
     )
-    optional: ClassVar[frozenset[str]] = frozenset({"rank_dropout"})
+    optional: ClassVar[frozenset[str]] = frozenset({"rank_dropout", "gram"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +93,10 @@ class LoRA(Delta):
         f = self.factors(call)
         gate = self.dial("gate") * self.dial("scale")
         rate = self.dial("dropout") if self.dropout > 0 else None
-        return call.product() + call.lowrank(f["a"], f["b"], gate, rate)
+        # There where the second moments of x a^T are asked for: its derivative.
+        watched = self.has_variable("dials", "gram")
+        more = {"gram": self.dial("gram")} if watched else {}
+        return call.product() + call.lowrank(f["a"], f["b"], gate, rate, **more)
 
     def weight(self, view: View) -> Array:
         f = self.factors(view)

@@ -24,13 +24,17 @@ from lowrank.deltas.contraction import contract
 
 
 class Subscripts(NamedTuple):
-    """Einsum subscripts of the operands; `u` is the activation in rank space."""
+    """Einsum subscripts of the operands; `u` is the activation in rank space.
+
+    `gram` is what its second moments keep, then the rank's letter and one more.
+    """
 
     x: str
     lo: str
     u: str
     hi: str
     y: str
+    gram: str = ""
 
 
 class Numerics(NamedTuple):
@@ -47,6 +51,7 @@ def lowrank(
     gate: Float[Array, "*u_or_1"],
     subscripts: Subscripts,
     numerics: Numerics,
+    gram: Float[Array, "*gram"] | None = None,
 ) -> Float[Array, "*rows_and_out"]:
     """Contracts `x` with `lo`, scales by `gate`, contracts with `hi`.
 
@@ -58,11 +63,16 @@ def lowrank(
         so it may differ per component, per layer or per example. Differentiable.
       subscripts: How the axes of the operands correspond.
       numerics: Output dtype and matmul precision.
+      gram: If it is there, what is called the derivative of anything by it is the sum
+        of u_t^T u_t over the rows t whose output that anything depends on; its values
+        are not looked at. Padding, which nothing depends on, is not in it.
 
     Returns:
       The correction, in `numerics.dtype`. Gradients of the factors are accumulated
       in the factors' own dtype.
     """
+    if gram is not None:
+        return _watched(subscripts, numerics, x, lo, hi, gate, gram)
     return _lowrank(subscripts, numerics, x, lo, hi, gate)
 
 
@@ -93,3 +103,35 @@ def _backward(s: Subscripts, n: Numerics, residuals, dy):
 
 
 _lowrank.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _watched(s: Subscripts, n: Numerics, x, lo, hi, gate, gram):
+    del gram
+    return _forward(s, n, x, lo, hi, gate)[0]
+
+
+def _forward_watched(s: Subscripts, n: Numerics, x, lo, hi, gate, gram):
+    y, residuals = _forward(s, n, x, lo, hi, gate)
+    return y, (residuals, gram)
+
+
+def _backward_watched(s: Subscripts, n: Numerics, residuals, dy):
+    given, gram = residuals
+    return *_backward(s, n, given, dy), _moments(s, n, given[1], dy, gram)
+
+
+def _moments(s: Subscripts, n: Numerics, u, dy, gram):
+    """u^T u over the rows of `u` whose output has a derivative that is not zero."""
+    across = tuple(d for d, letter in enumerate(s.y) if letter not in s.u)
+    counts = jnp.any(dy != 0, axis=across)
+    rows = [letter for letter in s.y if letter in s.u]
+    order = [rows.index(letter) for letter in s.u if letter in rows]
+    shape = [u.shape[d] if letter in rows else 1 for d, letter in enumerate(s.u)]
+    counts = jnp.transpose(counts, order).reshape(shape)
+    own = jnp.where(counts, u, 0)
+    again = s.u.replace(s.gram[-2], s.gram[-1])
+    return contract(s.u, again, s.gram, own, own, gram.dtype, n.precision, gram)
+
+
+_watched.defvjp(_forward_watched, _backward_watched)

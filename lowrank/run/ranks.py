@@ -20,15 +20,15 @@ from lowrank.core.errors import BadInput, NonFinite
 from lowrank.io.history import MOVES_SCHEMA
 from lowrank.run.bounds import Bounds
 from lowrank.train.ablation import ablation
-from lowrank.train.examples import OF_EXAMPLES
 from lowrank.train.losses import Loss
+from lowrank.train.probes import OF_INPUTS, OF_PASS
 from lowrank.train.ranks import Gauge, RankEvents
 from lowrank.train.state import TrainState
 
 #: Signals that a step can measure of corrections which are sums of thin products.
-_OF_SIZE = frozenset({"norms", "spectrum"})
+_OF_SIZE = frozenset({"norms", "spectrum"}) | OF_INPUTS
 #: Signals that the step comes by.
-_OF_STEP = frozenset({"gradients"}) | OF_EXAMPLES
+_OF_STEP = frozenset({"gradients"}) | OF_PASS
 #: Signals for which the model runs once more.
 _APART = frozenset({"ablation"})
 MEASURED = frozenset({"factors"}) | _OF_STEP | _OF_SIZE | _APART | ONCE
@@ -116,6 +116,8 @@ def rank_events(
     whole, constants = allocations.pack(each)
     where = f"the {len(adapted.sites)} corrections of this model in training"
     whole.check_available(MEASURED, where)
+    if whole.needs & OF_INPUTS:
+        _check_watched(adapted)
     return RankEvents(
         allocation=whole,
         constants=constants,
@@ -266,6 +268,17 @@ def settled_rules(
         for name in site.layer_paths
         if ranks[name]
     ]
+
+
+def _check_watched(adapted: Adapted) -> None:
+    for path in adapted.sites:
+        recipe = adapted.recipe(path)
+        if "gram" not in recipe.axes:
+            raise BadInput(
+                f"the correction of {path!r} by {type(recipe).__name__} has no dial "
+                "'gram', by which its inputs in rank space are measured: set another "
+                "ranks.importance, or correct the weight with LoRA"
+            )
 
 
 def _zeroed(adapted: Adapted, path: str) -> str:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lowrank.allocate import signals, transitions
 from lowrank.allocate.allocation import Allocation
@@ -31,7 +31,7 @@ from lowrank.core.arrays import Dials, Frozen, Key, Roles, Trained
 from lowrank.core.errors import NonFinite
 from lowrank.deltas.thin import Thin
 from lowrank.train import aging
-from lowrank.train.examples import OF_EXAMPLES
+from lowrank.train.probes import OF_EXAMPLES, OF_PASS
 from lowrank.train.state import TrainState
 
 #: Whether every importance was a number so far: of the metrics, for the loop alone.
@@ -71,7 +71,7 @@ class RankEvents:
     @property
     def of_step(self) -> frozenset[str]:
         """The signals that the step itself has to tell."""
-        return self.allocation.needs & (OF_EXAMPLES | {"gradients"})
+        return self.allocation.needs & (OF_PASS | {"gradients"})
 
     @property
     def looks_first(self) -> bool:
@@ -271,16 +271,20 @@ class RankEvents:
         if "gradients" in needs:
             found["gradients"] = {p: seen["gradients"][p] for p in slots.paths}
         found |= {name: slots.flat(seen[name]) for name in needs & OF_EXAMPLES}
-        for name, of in (("norms", signals.norms), ("spectrum", signals.spectrum)):
-            if name in needs:
-                found[name] = slots.flat(
-                    {
-                        path: of(thin.terms(trained[path], dials[path])).reshape(
-                            dials[path]["gate"].shape
-                        )
-                        for path, thin in self.thin.items()
-                    }
-                )
+        of_size: dict[str, Callable[..., Array]] = {
+            "norms": lambda path, terms: signals.norms(terms),
+            "spectrum": lambda path, terms: signals.spectrum(terms),
+            "activations": lambda path, terms: signals.energies(
+                terms, _by_layer(seen["activations"][path])
+            ),
+        }
+        for name in of_size.keys() & needs:
+            parts = {}
+            for path, thin in self.thin.items():
+                terms = thin.terms(trained[path], dials[path])
+                shape = dials[path]["gate"].shape
+                parts[path] = of_size[name](path, terms).reshape(shape)
+            found[name] = slots.flat(parts)
         if self.gauge is not None:
             measured = self.gauge(frozen, trained, dials, constants, batch)
             found |= {n: slots.flat(x) for n, x in measured.items() if n in needs}
@@ -355,6 +359,10 @@ def _with_gates(dials: Dials, gates: Mapping[str, Any]) -> dict[str, dict[str, A
         else dict(own)
         for path, own in dials.items()
     }
+
+
+def _by_layer(gram: Array) -> Float[Array, "layers max_rank max_rank"]:
+    return gram.reshape(-1, *gram.shape[-2:])
 
 
 def _written(history: Mapping[str, Array], **row: Int[Array, " layers"]) -> Any:

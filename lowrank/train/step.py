@@ -9,11 +9,11 @@ import optax
 from jaxtyping import Array, Bool
 
 from lowrank.core.arrays import Dials, Frozen, Roles, Trained
-from lowrank.train import examples
-from lowrank.train.examples import OF_EXAMPLES, OfGates
+from lowrank.train import probes as probing
 from lowrank.train.losses import Loss, Sums
 from lowrank.train.optim import Active, AdamW, only, rate, transformation
 from lowrank.train.penalties import Gradients, Imposed, closed, with_drift
+from lowrank.train.probes import OF_PASS, Probes, Seen
 from lowrank.train.state import TrainState
 
 #: (frozen, trained, batch, dials=, key=) -> outputs; the adapted model.
@@ -52,62 +52,64 @@ def make_step(
       ages: Whether components count their updates each for itself, as where gates open
         in mid-run they must; the state is made with them.
       tells: Signals for allocators that the step comes by: "gradients", the task's mean
-        over the batch before penalties and clipping, and those of `train.examples`. If
+        over the batch before penalties and clipping, and those of `train.probes`. If
         there are any it takes a fourth argument, whether it measures, and returns
-        (state, metrics, signals). All trials of a pack measure or none: the one that
-        does not runs the plain pass, and its gates have zeros.
+        (state, metrics, signals). A step that does not measure runs the plain pass, and
+        tells zeros; all trials of a pack measure in a step, or none.
     """
-    of_examples = bool({*tells} & OF_EXAMPLES)
+    asked = OF_PASS & {*tells}
 
     def gradient(
-        trained, frozen, state, batch, key, apart: bool
-    ) -> tuple[Gradients, Sums, OfGates | None]:
-        """Sums over a batch; if its rows go apart, of every row's gates too."""
+        trained, frozen, state, batch, key, measures: bool
+    ) -> tuple[Gradients, Sums, Seen | None]:
+        """Sums over a batch, and if it measures over what its pass comes by."""
 
-        def run(trained: Trained, gates: examples.RowGates):
-            if apart:
-                own = (trained, gates, batch, state.dials, key)
-                return examples.apart(model, frozen, *own)
+        def run(trained: Trained, probes: Probes):
+            if measures:
+                own = (trained, probes, batch, state.dials, key)
+                return probing.probed(model, frozen, *own)
             return model(frozen, trained, batch, dials=state.dials, key=key)
 
-        def objective(trained: Trained, gates: examples.RowGates):
-            outputs = run(trained, gates)
+        def objective(trained: Trained, probes: Probes):
+            outputs = run(trained, probes)
             sums = judge(outputs)
             return sums.loss, (sums, outputs)
 
         judge = lambda outputs: loss(outputs, batch, state.constants)
-        gates = examples.own_gates(state.dials, batch) if apart else {}
+        given = state.dials, batch, asked
+        probes = probing.probes(*given) if measures else Probes({}, {})
         if imposed.drifts:
             shut = closed(state.dials)
             base = model(frozen, trained, batch, dials=shut, key=None)
             found, slopes, sums, outputs = with_drift(
-                run, judge, (trained, gates), base, batch
+                run, judge, (trained, probes), base, batch
             )
         else:
             of_task = jax.grad(objective, argnums=(0, 1), has_aux=True)
-            (task, slopes), (sums, outputs) = of_task(trained, gates)
+            (task, slopes), (sums, outputs) = of_task(trained, probes)
             found = Gradients(task)
-        if not apart:
-            return found, sums, examples.nothing(state.dials) if of_examples else None
-        own = examples.of_gates(slopes, outputs, loss, batch, state.constants)
-        return found, sums, own
+        if measures:
+            seen = probing.seen(slopes, outputs, loss, batch, state.constants)
+        else:
+            seen = probing.nothing(*given) if asked else None
+        return found, sums, seen
 
-    def gradients(frozen, state, batch, apart: bool):
+    def gradients(frozen, state, batch, measures: bool):
         key = jax.random.fold_in(state.key, state.step) if draws else None
         if optim.accumulate == 1:
-            return gradient(state.trained, frozen, state, batch, key, apart)
+            return gradient(state.trained, frozen, state, batch, key, measures)
 
         def one(total, part):
             index, micro = part
             own = None if key is None else jax.random.fold_in(key, index)
-            found = gradient(state.trained, frozen, state, micro, own, apart)
+            found = gradient(state.trained, frozen, state, micro, own, measures)
             return jax.tree.map(jnp.add, total, found), None
 
         parts = jax.tree.map(
             lambda x: x.reshape(optim.accumulate, -1, *x.shape[1:]), batch
         )
         first = jax.tree.map(lambda x: x[0], parts)
-        of_one = lambda *given: gradient(*given, apart=apart)
+        of_one = lambda *given: gradient(*given, measures=measures)
         shapes = jax.eval_shape(of_one, state.trained, frozen, state, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         total, _ = jax.lax.scan(one, zeros, (jnp.arange(optim.accumulate), parts))
@@ -119,14 +121,14 @@ def make_step(
         batch: Mapping[str, Array],
         measures: Bool[Array, ""] | bool = False,
     ):
-        if of_examples:
+        if asked:
             found, sums, seen = jax.lax.cond(
                 measures,
-                lambda: gradients(frozen, state, batch, apart=True),
-                lambda: gradients(frozen, state, batch, apart=False),
+                lambda: gradients(frozen, state, batch, measures=True),
+                lambda: gradients(frozen, state, batch, measures=False),
             )
         else:
-            found, sums, seen = gradients(frozen, state, batch, apart=False)
+            found, sums, seen = gradients(frozen, state, batch, measures=False)
         weight = jnp.maximum(sums.weight, 1e-9)
         moving = active(state.dials)
         task = only(moving, jax.tree.map(lambda g: g / weight, found.task))

@@ -162,7 +162,12 @@ def test_sensitivity_needs_the_factors():
 
 @pytest.mark.parametrize(
     ("name", "signal"),
-    [("fisher", "gate_fisher"), ("gradient", "gate_gradient"), ("norm", "norms")],
+    [
+        ("fisher", "gate_fisher"),
+        ("gradient", "gate_gradient"),
+        ("norm", "norms"),
+        ("activation", "activations"),
+    ],
 )
 def test_smoothed_signals_are_means_of_what_was_seen(name, signal):
     slots, rng = equal(2), np.random.default_rng(2)

@@ -1,4 +1,4 @@
-"""Gates example by example: by differences, by a loop, and with a silent padding."""
+"""What a pass back tells of components: by differences, by loops, by hand."""
 
 import dataclasses
 
@@ -10,12 +10,14 @@ import toy
 from test_ranks import HELD, LAYERS, OPTIM, RANK, STEPS, WINDOW, World, best, make
 
 from lowrank.allocate.recipes import AdaLoRA, Adaptive, Fisher
+from lowrank.allocate.signals import energies
 from lowrank.core.errors import BadInput
 from lowrank.deltas.lora import LoRA
 from lowrank.train import state as states
-from lowrank.train.examples import OF_EXAMPLES, check_examples_apart
+from lowrank.train.examples import check_examples_apart
 from lowrank.train.losses import cross_entropy
 from lowrank.train.penalties import Imposed, Penalties, impose
+from lowrank.train.probes import OF_EXAMPLES, OF_INPUTS, OF_PASS
 from lowrank.train.step import make_step
 
 CONSTANTS = {"label_smoothing": jnp.float32(0.1)}
@@ -169,6 +171,48 @@ def test_every_example_draws_for_itself():
     )
 
 
+def test_activations_are_second_moments_of_inputs_in_rank_space(world):
+    """Against the model by hand in NumPy; rows without weight are not in it."""
+    _, _, trained, dials = world
+    batch = toy.batch(5, padding=3)
+    found = measured(world, batch, tells=OF_INPUTS)["activations"]
+    params = {n: np.asarray(x, np.float64) for n, x in world[1].items()}
+    own = jax.tree.map(lambda x: np.asarray(x, np.float64), dict(trained))
+    c = {p: np.asarray(d["gate"] * d["scale"]) for p, d in dials.items()}
+    x = params["embed"][batch["ids"]].mean(axis=1)[:5]
+    for layer in range(LAYERS):
+        a, b = (own["stack"][name][layer] for name in ("a", "b"))
+        u = x @ a.T
+        np.testing.assert_allclose(
+            found["stack"][layer], u.T @ u / 5, rtol=1e-4, atol=1e-5
+        )
+        x = np.tanh(x @ params["stack"][layer] + (u * c["stack"][layer]) @ b) + x
+    u = x @ own["up"]["a"].T
+    np.testing.assert_allclose(found["up"], u.T @ u / 5, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{"accumulate": 4}, {"tells": OF_PASS}])
+def test_activations_do_not_depend_on_how_a_batch_is_gone_through(world, more):
+    batch = toy.batch(5, padding=2)
+    one = measured(world, batch, tells=OF_INPUTS)["activations"]
+    other = measured(world, batch, **{"tells": OF_INPUTS, **more})["activations"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, other
+    )
+
+
+def test_energies_are_what_components_add_to_outputs(world):
+    _, _, trained, dials = world
+    terms = world[0].thin()["stack"].terms(trained["stack"], dials["stack"])
+    x = np.random.default_rng(0).normal(size=(7, toy.WIDTH))
+    u = np.einsum("ti,lri->ltr", x, terms.a)
+    gram = jnp.asarray(np.einsum("ltr,lts->lrs", u, u), jnp.float32)
+    added = np.einsum("ltr,lr,lro->ltro", u, terms.c, terms.b)
+    np.testing.assert_allclose(
+        energies(terms, gram), (added**2).sum(axis=(1, 3)), rtol=1e-4
+    )
+
+
 def test_models_that_couple_examples_are_refused(world):
     adapted, frozen, _, dials = world
     model = toy.model_of(adapted)
@@ -223,6 +267,42 @@ def test_gates_by_fisher_are_a_replay_on_the_host():
             counts += 1
     assert gates.sum(axis=1).tolist() == [RANK * (LAYERS + 1)] * 2
     assert world.traced == 1
+
+
+def test_ranks_by_activation_are_a_replay_on_the_host():
+    world = World(Adaptive(importance="activation", **{**WINDOW, "decay": 0.0}))
+    gates, latest = np.ones(LAYERS * HELD + HELD), None
+    for at, before, after, _ in world.states():
+        constants = world.constants()
+        if constants["due"][at]:
+            gates = best(latest, gates, int(constants["budget"][at]))
+        np.testing.assert_array_equal(world.flat(after), gates)
+        if at % 2 == 0 and at < 17:
+            first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+            trained, dials = first(before.trained), first(after.dials)
+            latest = energy_by_hand(
+                world.frozen, trained, dials, first(world.batch(at))
+            )
+    assert gates.sum() == RANK * (LAYERS + 1)
+    assert world.traced == 1
+
+
+def energy_by_hand(frozen, trained, dials, batch):
+    """The squares of what every component adds to the outputs of its weight."""
+    # NumPy, where axes broadcast as they are written.
+    given = (frozen, trained, dials, batch)
+    frozen, trained, dials, batch = jax.tree.map(np.asarray, given)
+    x = frozen["embed"][batch["ids"]].mean(axis=1)
+    found = []
+    for layer in range(LAYERS):
+        c = dials["stack"]["gate"][layer] * dials["stack"]["scale"]
+        a, b = trained["stack"]["a"][layer], trained["stack"]["b"][layer]
+        each = (x @ a.T * c)[..., None] * b
+        found.append((each**2).sum(axis=(0, 2)))
+        x = np.tanh(x @ frozen["stack"][layer] + each.sum(axis=1)) + x
+    c = dials["up"]["gate"] * dials["up"]["scale"]
+    each = (x @ trained["up"]["a"].T * c)[..., None] * trained["up"]["b"]
+    return np.concatenate([*found, (each**2).sum(axis=(0, 2))])
 
 
 def test_sensitivity_sees_the_task_alone_and_its_own_step():
