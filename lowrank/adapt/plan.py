@@ -123,7 +123,7 @@ class Plan:
         delta, names = self.delta, self.delta.linear
         along = {"in": ("stack", "rank", "in"), "out": ("stack", "rank", "out")}
         if (
-            delta.amplitude(self.dials(site, 1)) is None
+            type(delta).amplitude is Delta.amplitude
             or {role: delta.axes[name] for role, name in names.items()} != along
         ):
             raise BadInput(
@@ -132,7 +132,8 @@ class Plan:
                 "no `amplitude`. Leave frobenius, orthogonality and norm_cap at zero, "
                 "or correct the weight with LoRA"
             )
-        return Thin(names["in"], names["out"], site.stacks, delta.amplitude)
+        silent = delta.silent or names["out"]
+        return Thin(names["in"], names["out"], site.stacks, delta.amplitude, silent)
 
     def padding(
         self, site: Site, shapes: Mapping[str, Any], dials: Mapping[str, Array]

@@ -57,6 +57,7 @@ class Program:
       normaliser, selector: Names in their tables.
       unit: What budgets count.
       revivable: Whether losers keep their gates until the last event.
+      squeezed: Whether corrections are written by their singular values at events.
       measure_every: Steps between two measurements; 0 if what is needed is measured
         once, before the first step and before any event.
     """
@@ -66,6 +67,7 @@ class Program:
     selector: str = "top"
     unit: Unit = "components"
     revivable: bool = False
+    squeezed: bool = False
     measure_every: int = 0
 
 

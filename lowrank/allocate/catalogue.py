@@ -11,6 +11,7 @@ from lowrank.allocate.recipes import (
     Growth,
     Norm,
     Random,
+    Squeeze,
 )
 
 CATALOGUE: dict[str, type[Allocator]] = {
@@ -22,6 +23,7 @@ CATALOGUE: dict[str, type[Allocator]] = {
     "adaptive": Adaptive,
     "fisher": Fisher,
     "norm": Norm,
+    "squeeze": Squeeze,
     "adalora": AdaLoRA,
     "eva": EVA,
     "growth": Growth,

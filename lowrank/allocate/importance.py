@@ -366,6 +366,8 @@ IMPORTANCES: Mapping[str, Importance] = {
     "activation": Smoothed("activations"),
     "sensitivity": Sensitivity(),
     "effective_rank": EffectiveRank(),
+    # Singular values: of components only where they are in their order.
+    "spectrum": Latest("spectrum"),
     "variance": Latest("variance"),
     "first_gradient": Latest("first_gradient"),
     "ablation": Latest("ablation"),

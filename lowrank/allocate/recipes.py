@@ -30,6 +30,7 @@ Name = Literal[
     "activation",
     "sensitivity",
     "effective_rank",
+    "spectrum",
     "variance",
     "first_gradient",
     "ablation",
@@ -37,6 +38,7 @@ Name = Literal[
 ]
 Normaliser = Literal["none", "cost", "layer"]
 Selector = Literal["top", "proportional", "grow", "swap", "variance"]
+Mode = Literal["hard", "revivable", "squeezed"]
 Shape = Literal["constant", "linear", "cubic", "late_cubic", "cosine", "staircase"]
 
 
@@ -74,7 +76,10 @@ class Adaptive(Allocator):
       decay: Of the exponential mean of what is measured.
       deviation_decay: Of the mean deviation, for sensitivity.
       mode: "hard" shuts the gates of losers. "revivable" leaves them open and has
-        training zero their values at each event, until the last one.
+        training zero their values at each event, until the last one. "squeezed" writes
+        every correction by its singular values at each event, the largest first, and
+        shuts what is last in a layer, so that the nearest correction of the new rank
+        is left; moments begin anew.
       rho: Largest rank of a layer as a multiple of its rank in the rules.
       add: Components that a layer gains at once, for grow.
       at_once: Layers that gain at one event, for a staircase; by default as few as
@@ -104,7 +109,7 @@ class Adaptive(Allocator):
     first_batches: int = 8
     decay: float = 0.9
     deviation_decay: float = 0.85
-    mode: Literal["hard", "revivable"] = "hard"
+    mode: Mode = "hard"
     rho: float | None = None
     add: int = 1
     at_once: int | None = None
@@ -134,6 +139,19 @@ class Adaptive(Allocator):
                     f"ranks.{name} = {getattr(self, name)!r} is out of range (events "
                     "are at least as far apart as measurements, rates are below 1)"
                 )
+        if (self.mode == "squeezed") != (self.importance == "spectrum"):
+            raise BadInput(
+                "ranks.mode = 'squeezed' puts components in the order of singular "
+                "values, which ranks.importance = 'spectrum' ranks by: either goes "
+                f"with the other alone, and here are {self.mode!r} and "
+                f"{self.importance!r}"
+            )
+        if self.mode == "squeezed" and self.selector in GAINING:
+            raise BadInput(
+                "ranks.mode = 'squeezed' leaves nothing in components that are shut, "
+                f"and ranks.selector = {self.selector!r} opens gates; set "
+                "ranks.selector=top"
+            )
         if self.mode == "revivable" and self.selector in GAINING:
             raise BadInput(
                 f"ranks.mode = 'revivable' lets losers come back by themselves, and "
@@ -183,6 +201,7 @@ class Adaptive(Allocator):
             selector=self.selector,
             unit=self.unit,
             revivable=self.mode == "revivable",
+            squeezed=self.mode == "squeezed",
             measure_every=0 if once else self.measure_every,
         )
 
@@ -267,7 +286,7 @@ class AdaLoRA(Adaptive):
     start: float | None = 1.5
     measure_every: int = 1
     decay: float = 0.85
-    mode: Literal["hard", "revivable"] = "revivable"
+    mode: Mode = "revivable"
 
     __post_init__ = Adaptive.__post_init__
 
@@ -293,6 +312,25 @@ class Norm(Adaptive):
     """
 
     importance: Name = "norm"
+    __post_init__ = Adaptive.__post_init__
+
+
+@spec
+class Squeeze(Adaptive):
+    """Trains wide, and is cut to the budget by the singular values of all layers.
+
+    LoRA-Squeeze (arXiv:2602.10993), which trains on after the cut, with PARA's one
+    threshold for all layers: what is left is the nearest correction with so many
+    components, all layers together (Eckart & Young 1936). With `begin` before `end` it
+    is cut in stages, as their In-Squeeze. Exact where theirs is randomised. How many a
+    layer keeps is decided by its last measurement, at most `measure_every` steps old;
+    what they are, by the correction of the moment.
+    """
+
+    importance: Name = "spectrum"
+    begin: int | float = 0.9
+    end: int | float = 0.9
+    mode: Mode = "squeezed"
     __post_init__ = Adaptive.__post_init__
 
 

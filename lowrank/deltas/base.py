@@ -112,6 +112,8 @@ class Delta(nn.Module, abc.ABC):
         "in" and one with an "out" axis in which the change is linear. A slice of
         such a weight is adapted by slicing the factors, a scaled one by scaling one
         of them. Empty for every other delta, which is then refused there.
+      silent: The factor that is zero in a component which says nothing, with axes that
+        begin with "stack" and "rank"; empty: the linear one along the outputs.
       dialled: Fields that act through `dial_values` and `draws` alone: trials that
         differ in them may share a program.
       reads_weight: Whether the factors' start depends on the frozen weight.
@@ -120,6 +122,7 @@ class Delta(nn.Module, abc.ABC):
 
     axes: ClassVar[Mapping[str, tuple[str, ...]]]
     linear: ClassVar[Mapping[str, str]] = {}
+    silent: ClassVar[str] = ""
     dialled: ClassVar[frozenset[str]] = frozenset()
     reads_weight: ClassVar[bool] = False
     optional: ClassVar[frozenset[str]] = frozenset()
@@ -162,14 +165,15 @@ class Delta(nn.Module, abc.ABC):
         del keys
         return dials
 
-    def amplitude(self, dials: Mapping[str, Array]) -> Array | None:
-        """c of shape (stack, max_rank), if W' - W = sum_r c_r a_r b_r; else None.
+    def amplitude(
+        self, dials: Mapping[str, Array], factors: Mapping[str, Array]
+    ) -> Array:
+        """c of shape (stack, max_rank), if W' - W = sum_r c_r a_r b_r.
 
         There a and b are the factors that `linear` names. What is known of such a sum
-        (`deltas.thin`) needs no dense matrix.
+        (`deltas.thin`) needs no dense matrix. A delta without one leaves it as it is.
         """
-        del dials
-        return None
+        raise NotImplementedError
 
     def factor(self, name: str, init: Any, shape: tuple[int, ...]) -> Array:
         """Creates a factor with `init`, or reads it.

@@ -2,7 +2,9 @@
 
 from lowrank.deltas.base import Delta
 from lowrank.deltas.lora import LoRA
+from lowrank.deltas.triplet import Triplet
 
 CATALOGUE: dict[str, type[Delta]] = {
     "lora": LoRA,
+    "triplet": Triplet,
 }

@@ -80,7 +80,10 @@ class LoRA(Delta):
         gate = drop_components(dials["gate"], dials["rank_dropout"], keys)
         return {**dials, "gate": gate}
 
-    def amplitude(self, dials: Mapping[str, Array]) -> Array:
+    def amplitude(
+        self, dials: Mapping[str, Array], factors: Mapping[str, Array]
+    ) -> Array:
+        del factors
         return dials["gate"] * dials["scale"]
 
     @nn.compact

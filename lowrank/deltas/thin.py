@@ -25,11 +25,12 @@ class Terms(NamedTuple):
     a: Float[Array, "layers max_rank d_in"]
     b: Float[Array, "layers max_rank d_out"]
     c: Float[Array, "layers max_rank"]
+    gates: Float[Array, "layers max_rank"] | None = None
 
     @property
     def open(self) -> Bool[Array, "layers max_rank"]:
-        """Which components there are."""
-        return self.c != 0
+        """Which components there are, though they may say nothing yet."""
+        return (self.c if self.gates is None else self.gates) != 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +41,19 @@ class Thin:
       a, b: Names of the factors along the inputs and along the outputs, both of axes
         (*stack, max_rank, ...).
       stacks: Axes of the weight that are stacked, in the order of the factors' own.
-      amplitude: Dials -> c, (*stack, max_rank).
+      amplitude: (dials, factors) -> c, (*stack, max_rank).
+      silent: Name of the factor that is zero where a component says nothing.
     """
 
     a: str
     b: str
     stacks: tuple[int, ...]
-    amplitude: Callable[[Mapping[str, Array]], Array | None]
+    amplitude: Callable[[Mapping[str, Array], Mapping[str, Array]], Array]
+    silent: str
 
     def terms(self, factors: Mapping[str, Array], dials: Mapping[str, Array]) -> Terms:
         """The terms of all layers."""
-        c = self._amplitude(dials)
+        c = self.amplitude(dials, factors)
         dtype = jnp.promote_types(factors[self.a].dtype, jnp.float32)
         flat = lambda x, *rest: x.astype(dtype).reshape(self._layers(c), *rest)
         rank = c.shape[-1]
@@ -58,6 +61,7 @@ class Thin:
             flat(factors[self.a], rank, -1),
             flat(factors[self.b], rank, -1),
             flat(c, rank),
+            flat(dials["gate"], rank),
         )
 
     def shrunk(
@@ -68,16 +72,16 @@ class Thin:
     ) -> dict[str, Any]:
         """Factors of a correction that is `by` times as large, layer by layer.
 
-        All of it is taken from b. So a, which starts at random, keeps its length, and
-        no correction is ever driven into a = b = 0, where both gradients vanish. Closed
-        components stay as they are.
+        All of it is taken from the factor that begins at zero. So the others, which
+        start at random, keep their length, and no correction is ever driven into
+        a = b = 0, where both gradients vanish. Closed components stay as they are.
         """
-        c = self._amplitude(dials)
-        b = factors[self.b]
+        c = self.amplitude(dials, factors)
+        b = factors[self.silent]
         by = by.reshape(*c.shape[:-1], 1).astype(b.dtype)
         own = jnp.where(c != 0, by, 1)
         own = own.reshape(*c.shape, *[1] * (b.ndim - c.ndim))
-        return {**factors, self.b: b * own}
+        return {**factors, self.silent: b * own}
 
     def squares(self, weight: Array) -> Float[Array, " layers"]:
         """||W||_F^2 of every layer of a frozen weight, in its own units."""
@@ -86,11 +90,6 @@ class Thin:
         found = jnp.sum(jnp.square(weight.astype(dtype)), others)
         order = sorted(self.stacks)
         return lax.transpose(found, [order.index(d) for d in self.stacks]).reshape(-1)
-
-    def _amplitude(self, dials: Mapping[str, Array]) -> Array:
-        c = self.amplitude(dials)
-        assert c is not None, "a Thin is made only for deltas with an amplitude"
-        return c
 
     def _layers(self, c: Array) -> int:
         return math.prod(c.shape[:-1])

@@ -118,6 +118,8 @@ def rank_events(
     whole.check_available(MEASURED, where)
     if whole.needs & OF_INPUTS:
         _check_watched(adapted)
+    if whole.program.squeezed:
+        _check_squeezable(adapted)
     return RankEvents(
         allocation=whole,
         constants=constants,
@@ -281,9 +283,22 @@ def _check_watched(adapted: Adapted) -> None:
             )
 
 
+def _check_squeezable(adapted: Adapted) -> None:
+    for path in adapted.sites:
+        recipe = adapted.recipe(path)
+        if recipe.silent:
+            raise BadInput(
+                f"the correction of {path!r} by {type(recipe).__name__} has a factor "
+                f"{recipe.silent!r} beside two thin ones, and ranks.mode=squeezed "
+                "writes it by two: set another ranks.mode, or delta=lora"
+            )
+
+
 def _zeroed(adapted: Adapted, path: str) -> str:
-    """The factor that is zero in a component which says nothing: b."""
-    linear = adapted.recipe(path).linear
+    """The factor that is zero in a component which says nothing."""
+    linear, silent = adapted.recipe(path).linear, adapted.recipe(path).silent
+    if silent:
+        return silent
     if "out" not in linear:
         raise BadInput(
             f"the correction of {path!r} by {type(adapted.recipe(path)).__name__} is "

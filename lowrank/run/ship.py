@@ -1,14 +1,18 @@
 """What a run hands over: its trained tree, and the adapter in PEFT's layout."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import yaml
 
 from lowrank.core.arrays import Dials, Trained
 from lowrank.core.paths import matches
 from lowrank.deltas.base import Delta
 from lowrank.deltas.lora import LoRA
+from lowrank.deltas.triplet import Triplet
 from lowrank.io.adapter import collect
 from lowrank.io.files import write_atomically
 from lowrank.io.keymaps import hf_module, stacked_path
@@ -82,14 +86,17 @@ def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) ->
         logger.info("PEFT has no layout for this run; trained.safetensors has it all")
         return
     (recipe,) = recipes
-    assert isinstance(recipe, LoRA)
+    rsqrt = isinstance(recipe, LoRA) and recipe.scaling == "rsqrt"
+    if isinstance(recipe, Triplet):
+        trained = _folded(trained)
+    assert isinstance(recipe, LoRA | Triplet)
     classes = len(prepared.task.classes)
     pooling = settings.base.pooling
     code = _POOLER if pooling == "pooler" else _POOLED
     code = code.replace("{pooled}", _POOLS.get(pooling, ""))
     write_adapter(
         directory / "adapter",
-        collect(trained, dials, _module, rsqrt=recipe.scaling == "rsqrt"),
+        collect(trained, dials, _module, rsqrt=rsqrt),
         base=settings.base.source,
         card=_CARD.format(
             name=settings.trial_id,
@@ -110,6 +117,17 @@ def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) ->
             "classes": list(prepared.task.classes),
         },
     )
+
+
+def _folded(trained: Trained) -> dict[str, Any]:
+    """Triplets as LoRA, which is what they are: the diagonal goes into b."""
+    found: dict[str, Any] = dict(trained)
+    for path, own in trained.items():
+        if isinstance(own, Mapping):
+            b, diagonal = own["b"], jnp.asarray(own["diagonal"])
+            wide = diagonal.reshape(*diagonal.shape, *[1] * (b.ndim - diagonal.ndim))
+            found[path] = {"a": own["a"], "b": b * wide}
+    return found
 
 
 def _module(path: str, layer: int | None) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lowrank.allocate import signals, transitions
+from lowrank.allocate import signals, transitions, truncate
 from lowrank.allocate.allocation import Allocation
 from lowrank.allocate.importance import Memory, Signals
 from lowrank.allocate.selectors import GAINING
@@ -65,8 +65,9 @@ class RankEvents:
 
     @property
     def births(self) -> bool:
-        """Whether gates may open in mid-run, so that components need ages."""
-        return self.allocation.program.selector in GAINING
+        """Whether components begin anew in mid-run, so that they need ages."""
+        program = self.allocation.program
+        return program.selector in GAINING or program.squeezed
 
     @property
     def of_step(self) -> frozenset[str]:
@@ -157,8 +158,9 @@ class RankEvents:
             changing["opt"] = state.opt
 
         def run(old: dict[str, Any]) -> dict[str, Any]:
-            one = lambda own, key, c: self._event(own, key, state.step, c)
-            return _where(due, jax.vmap(one)(old, state.key, constants), old)
+            one = lambda own, key, dials, c: self._event(own, key, state.step, dials, c)
+            found = jax.vmap(one)(old, state.key, state.dials, constants)
+            return _where(due, found, old)
 
         new = lax.cond(jnp.any(due), run, lambda old: old, changing)
         ranks = {name: new[name] for name in ("memory", "history")}
@@ -170,7 +172,12 @@ class RankEvents:
         )
 
     def _event(
-        self, own: dict[str, Any], key: Key, step: Array, constants: Mapping
+        self,
+        own: dict[str, Any],
+        key: Key,
+        step: Array,
+        dials: Dials,
+        constants: Mapping,
     ) -> dict[str, Any]:
         """The event of one trial, whether or not it is due."""
         slots, allocation = self._slots, self.allocation
@@ -198,6 +205,13 @@ class RankEvents:
                 for path, factors in own["trained"].items()
             }
             found["opt"] = aging.reborn(own["opt"], born, self.roles)
+        if allocation.program.squeezed:
+            found["trained"] = {
+                path: _squeezed(factors, dials[path], self.thin[path])
+                for path, factors in own["trained"].items()
+            }
+            every = {p: jnp.ones(x.shape, bool) for p, x in own["gates"].items()}
+            found["opt"] = aging.reborn(own["opt"], every, self.roles)
         if allocation.program.revivable:
             kept = slots.parts(memory["kept"])
             found["trained"] = {
@@ -363,6 +377,21 @@ def _with_gates(dials: Dials, gates: Mapping[str, Any]) -> dict[str, dict[str, A
 
 def _by_layer(gram: Array) -> Float[Array, "layers max_rank max_rank"]:
     return gram.reshape(-1, *gram.shape[-2:])
+
+
+def _squeezed(
+    factors: Mapping[str, Array], dials: Mapping[str, Array], thin: Thin
+) -> dict[str, Array]:
+    """A correction written by its singular values, the largest first."""
+    opened = {**dials, "gate": jnp.ones_like(dials["gate"])}
+    terms = thin.terms(factors, dials)
+    found = truncate.split(terms, thin.terms(factors, opened).c)
+    alike = lambda x, old: x.reshape(old.shape).astype(old.dtype)
+    return {
+        **factors,
+        thin.a: alike(found.a, factors[thin.a]),
+        thin.b: alike(found.b, factors[thin.b]),
+    }
 
 
 def _written(history: Mapping[str, Array], **row: Int[Array, " layers"]) -> Any:

@@ -57,8 +57,10 @@ def make(delta=None):
 class World:
     """A pack whose ranks move, step by step."""
 
-    def __init__(self, *allocators, seeds=None, optims=None, loss=cross_entropy):
-        self.adapted = make()
+    def __init__(
+        self, *allocators, seeds=None, optims=None, loss=cross_entropy, delta=None
+    ):
+        self.adapted = make(delta)
         count = len(allocators)
         self.seeds = list(range(count)) if seeds is None else seeds
         optims = optims or [OPTIM] * count
