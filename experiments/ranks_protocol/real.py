@@ -46,6 +46,8 @@ SOURCES: Mapping[str, tuple[str, ...]] = {
 ROOM = 2
 #: Rows of an evaluation batch: large ones are no faster.
 _ROWS = 64
+#: Few shapes: what a step is compiled for takes as long as a short training.
+_BUCKETS = [16, 32, 64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Real:
             "ranks=norm",
             f"ranks.max_rank={ROOM * self.rank}",
             "track=local",
+            f"data.batching.buckets={_BUCKETS}",
             *self.more,
         )
 

@@ -44,6 +44,7 @@ from lowrank.io.files import (
     remove_unfinished,
     write_json_atomically,
 )
+from lowrank.sweeps.engine import compiled_once
 
 #: Told (task, arm or phase, trial-steps done).
 Tick = Callable[[str, int], None]
@@ -95,6 +96,8 @@ def run(protocol: Protocol, tick: Tick = lambda text, steps: None) -> dict[str, 
     with contextlib.ExitStack() as held:
         held.callback(Lock(folder).release)
         remove_unfinished(folder)
+        # What is judged runs the programs that were tuned.
+        held.enter_context(compiled_once(folder / "compiled"))
         return {
             task.name: _compare(task, part, folder / task.name, tick)
             for part in protocol.parts

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import toy
-from test_examples import CONSTANTS, disturbed
+from test_probes import CONSTANTS, disturbed
 from test_ranks import HELD, LAYERS, RANK, WINDOW, World, best, make
 
 from lowrank.allocate.recipes import Adaptive
