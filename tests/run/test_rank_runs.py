@@ -114,11 +114,14 @@ def test_stopped_in_mid_schedule_it_goes_on_bit_for_bit(fitter, plain, tmp_path)
     same_gates(gates(found), gates(plain[0]))
 
 
-def test_eight_devices_choose_what_one_does(fitter, plain):
-    spread, _ = fitter(0, mesh=MeshSpec(data=8))
-    same_gates(gates(spread), gates(plain[0]))
+@pytest.mark.parametrize("importance", ["norm", "fisher", "activation"])
+def test_eight_devices_choose_what_one_does(fitter, plain, importance):
+    ranks = Norm(**WINDOW, importance=importance)
+    alone = plain[0] if importance == "norm" else fitter(0, ranks=ranks)[0]
+    spread, _ = fitter(0, mesh=MeshSpec(data=8), ranks=ranks)
+    same_gates(gates(spread), gates(alone))
     np.testing.assert_array_equal(
-        spread.state.ranks["history"]["ranks"], plain[0].state.ranks["history"]["ranks"]
+        spread.state.ranks["history"]["ranks"], alone.state.ranks["history"]["ranks"]
     )
 
 
@@ -173,7 +176,6 @@ def test_trials_of_other_ranks_and_schedules_are_each_alone(world, name, more):
             Norm(**WINDOW, budget=10_000),
             "budget = 10000 components is out of reach",
         ),
-        (Norm(**WINDOW, importance="ablation"), "'ablation', which cannot be measured"),
         (Given(ranks={"nowhere": 1}), "given for 'nowhere'"),
         ([Norm(), Norm()], "1 trials have 2 sets of allocators"),
     ],
