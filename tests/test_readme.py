@@ -50,7 +50,8 @@ def test_commands_compose(command):
     if "-m" in command[3:]:
         # The first trial of the sweep.
         overrides = [one.split(",")[0] for one in overrides]
-    name = door if door in ("evaluate", "ranks", "report", "sites") else "config"
+    own = ("evaluate", "ranks", "ranks_protocol", "report", "sites")
+    name = door if door in own else "config"
     config = composed(name, *overrides)
     if door == "train":
         assert read(config).trial_id

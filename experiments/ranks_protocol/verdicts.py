@@ -122,6 +122,8 @@ def outcomes(study: Study, protocol: Protocol) -> list[Outcome]:
     found = []
     for task, own in study.items():
         claim, judged = find(task).claim, own["judged"]
+        if claim is None:
+            continue
         ratio = comparisons(judged, BASELINE, protocol)
         if claim == "gain":
             far = comparisons(judged, ORACLE, protocol)

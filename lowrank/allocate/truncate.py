@@ -23,7 +23,7 @@ from lowrank.allocate.signals import core
 from lowrank.allocate.slots import Slots, Unit
 from lowrank.core.errors import BadInput
 from lowrank.deltas.contraction import contract
-from lowrank.deltas.thin import Terms
+from lowrank.deltas.thin import Terms, Thin
 
 
 class Split(NamedTuple):
@@ -45,7 +45,8 @@ def split(terms: Terms, scale: Array | float = 1.0) -> Split:
 
     Args:
       terms: Of one site, from `Thin.terms`; c holds gates and scale.
-      scale: What the delta multiplies its factors by, positive.
+      scale: What the delta multiplies its factors by, positive; one number, or one per
+        component.
     """
     q_a, q_b, middle = core(terms)
     u, values, v = jnp.linalg.svd(middle, full_matrices=False)
@@ -56,6 +57,27 @@ def split(terms: Terms, scale: Array | float = 1.0) -> Split:
     missing = terms.c.shape[-1] - values.shape[-1]
     widen = lambda x: jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
     return Split(jnp.pad(values, ((0, 0), (0, missing))), widen(a), widen(b))
+
+
+def written(
+    factors: Mapping[str, Array], dials: Mapping[str, Array], thin: Thin
+) -> dict[str, Array]:
+    """The factors of a site with its corrections written by `split`.
+
+    Args:
+      factors: Two thin ones, beside which the delta has no other.
+      dials: With the gates of the moment; all that they shut is zero in what comes out.
+      thin: How they are read.
+    """
+    opened = {**dials, "gate": jnp.ones_like(dials["gate"])}
+    scale = thin.terms(factors, opened).c
+    found = split(thin.terms(factors, dials), scale)
+    alike = lambda x, old: x.reshape(old.shape).astype(old.dtype)
+    return {
+        **factors,
+        thin.a: alike(found.a, factors[thin.a]),
+        thin.b: alike(found.b, factors[thin.b]),
+    }
 
 
 def keeping_energy(

@@ -207,7 +207,7 @@ class RankEvents:
             found["opt"] = aging.reborn(own["opt"], born, self.roles)
         if allocation.program.squeezed:
             found["trained"] = {
-                path: _squeezed(factors, dials[path], self.thin[path])
+                path: truncate.written(factors, dials[path], self.thin[path])
                 for path, factors in own["trained"].items()
             }
             every = {p: jnp.ones(x.shape, bool) for p, x in own["gates"].items()}
@@ -377,21 +377,6 @@ def _with_gates(dials: Dials, gates: Mapping[str, Any]) -> dict[str, dict[str, A
 
 def _by_layer(gram: Array) -> Float[Array, "layers max_rank max_rank"]:
     return gram.reshape(-1, *gram.shape[-2:])
-
-
-def _squeezed(
-    factors: Mapping[str, Array], dials: Mapping[str, Array], thin: Thin
-) -> dict[str, Array]:
-    """A correction written by its singular values, the largest first."""
-    opened = {**dials, "gate": jnp.ones_like(dials["gate"])}
-    terms = thin.terms(factors, dials)
-    found = truncate.split(terms, thin.terms(factors, opened).c)
-    alike = lambda x, old: x.reshape(old.shape).astype(old.dtype)
-    return {
-        **factors,
-        thin.a: alike(found.a, factors[thin.a]),
-        thin.b: alike(found.b, factors[thin.b]),
-    }
 
 
 def _written(history: Mapping[str, Array], **row: Int[Array, " layers"]) -> Any:

@@ -154,7 +154,7 @@ def test_packs_share_program_and_base(tmp_path):
     for pack in made:
         assert len({t.seed % 2 for t in pack}) == 1
         assert len({arms.program(t.allocator) for t in pack}) == 1
-    assert len(made) == 2 * 5, "fixed ranks, and four importances, on two bases"
+    assert len(made) == 2 * 6, "fixed ranks, and five importances, on two bases"
 
 
 def test_the_seeds_of_arms_share_data_and_order(settings):

@@ -207,3 +207,11 @@ def test_one_seed_shows_nothing_and_equal_seeds_show_their_value():
     agreed = Interval(0.5, None, None, 0.95, 8, "undefined: every seed ...")
     assert verdicts.inside(agreed, 0.0, 1.0) == "met"
     assert verdicts.inside(agreed, 0.0, 0.1) == "not met"
+
+
+def test_nothing_is_wanted_of_real_text_even_where_no_row_is_wrong():
+    """Errors in points may be zero, of which there is no logarithm."""
+    own = study("intents@2", uniform=(0.1,), fisher=(0.0,))
+    for record in own["intents@2"]["judged"]["fisher"]:
+        record["error"] = 0.0
+    assert verdicts.outcomes(own, settings()) == []

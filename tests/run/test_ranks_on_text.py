@@ -74,6 +74,8 @@ def test_rates_are_chosen_by_validation_and_arms_judged_by_test(
         spy = lambda split: asked.append(split) or own.evaluation(split)
         return type("Seen", (), {"task": own.task, "evaluation": staticmethod(spy)})
 
+    own = (*SMALL, *world.overrides())
+    monkeypatch.setattr(real, "SOURCES", {"words": own})
     monkeypatch.setattr(real, "score_trials", lambda *given, **more: [])
     monkeypatch.setattr(real, "_prepared", spied)
     task, part = Real("words", 2), settings.parts[1]
