@@ -269,6 +269,28 @@ def test_gates_by_fisher_are_a_replay_on_the_host():
     assert world.traced == 1
 
 
+def test_a_step_that_does_not_measure_pays_for_none():
+    """In a pack, too, it is a choice between two programs and never both."""
+    world = World(Fisher(**WINDOW), Fisher(**{**WINDOW, "begin": 4}))
+    step = world.packed.__wrapped__
+    program = jax.make_jaxpr(step)(world.frozen, world.state, world.batch(0))
+    chosen, always = [], []
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "cond":
+                chosen.append(str(eqn.params["branches"]))
+                continue
+            always.append(eqn.primitive.name)
+            for inner in jax.core.jaxprs_in_params(eqn.params):
+                visit(inner)
+
+    visit(program.jaxpr)
+    assert "tanh" not in always, "the model runs outside of the choice"
+    (models,) = (text for text in chosen if "tanh" in text)
+    assert models.count("scan") > 2
+
+
 def test_ranks_by_activation_are_a_replay_on_the_host():
     world = World(Adaptive(importance="activation", **{**WINDOW, "decay": 0.0}))
     gates, latest = np.ones(LAYERS * HELD + HELD), None
