@@ -229,7 +229,7 @@ def test_models_that_couple_examples_are_refused(world):
 
 
 def test_gates_by_fisher_are_a_replay_on_the_host():
-    world = World(Fisher(**WINDOW), Fisher(**{**WINDOW, "decay": 0.5, "begin": 4}))
+    world = World(Fisher(**WINDOW), Fisher(**{**WINDOW, "decay": 0.5, "end": 13}))
     model = toy.model_of(world.adapted)
 
     def fisher(trained, dials, constants, batch):
@@ -245,16 +245,16 @@ def test_gates_by_fisher_are_a_replay_on_the_host():
 
     alone = jax.jit(jax.vmap(fisher))
     total = LAYERS * HELD + HELD
-    gates, means, counts = np.ones((2, total)), np.zeros((2, total)), 0
+    gates, means, counts = np.ones((2, total)), np.zeros((2, total)), [0, 0]
     for at, before, after, _ in world.states():
         for trial in range(2):
             constants = world.constants(trial)
             if constants["due"][at]:
-                seen = means[trial] / (1 - float(constants["decay"]) ** counts)
+                seen = means[trial] / (1 - float(constants["decay"]) ** counts[trial])
                 budget = int(constants["budget"][at])
                 gates[trial] = best(seen, gates[trial], budget)
             np.testing.assert_array_equal(world.flat(after, trial), gates[trial])
-        if at % 2 == 0 and at < 17:
+        if at % 2 == 0:
             found = alone(
                 before.trained, after.dials, before.constants, world.batch(at)
             )
@@ -262,9 +262,16 @@ def test_gates_by_fisher_are_a_replay_on_the_host():
                 [np.asarray(found[p]).reshape(2, -1) for p in ("stack", "up")], axis=1
             )
             for trial in range(2):
+                if at >= world.constants(trial)["end"]:
+                    continue
                 decay = float(world.constants(trial)["decay"])
                 means[trial] = decay * means[trial] + (1 - decay) * flat[trial]
-            counts += 1
+                counts[trial] += 1
+            own = after.ranks["memory"]["importance"]["mean"]
+            held = [np.asarray(own[p]).reshape(2, -1) for p in ("stack", "up")]
+            np.testing.assert_allclose(
+                np.concatenate(held, axis=1), means, rtol=1e-3, atol=1e-9
+            )
     assert gates.sum(axis=1).tolist() == [RANK * (LAYERS + 1)] * 2
     assert world.traced == 1
 
