@@ -203,7 +203,9 @@ def _middle(
     records: Sequence[Mapping[str, Any]], rate: float, in_points: bool
 ) -> float:
     """Mean error at a rate: of its logarithm where errors are ratios."""
-    of = np.array([o["error"] for o in records if o["rate"] == rate and o["error"]])
+    of = np.array(
+        [o["error"] for o in records if o["rate"] == rate and o["error"] is not None]
+    )
     return float(of.mean() if in_points else np.exp(np.log(of).mean()))
 
 
