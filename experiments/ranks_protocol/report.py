@@ -1,6 +1,7 @@
 """A study as JSON and as Markdown: the tables, whatever they say."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from experiments.ranks_protocol.settings import Protocol, shown
 from experiments.ranks_protocol.training import SCHEMA
 from experiments.ranks_protocol.verdicts import Records, Study
 from lowrank.evaluate.compare import Comparison
-from lowrank.io.files import write_atomically, write_json_atomically
+from lowrank.io.files import write_atomically
 
 HEADINGS = (
     "arm", "rate", "error", "to uniform [95 %]", "p (Holm)", "verdict",
@@ -39,7 +40,7 @@ def results(study: Study, protocol: Protocol) -> dict[str, Any]:
             p = adjusted[task].get(arm)
             row = _row(arm, own, ratio[task].get(arm), far[task].get(arm), p, protocol)
             rows.append({**row, "failed": _failures(records)})
-        tasks[task] = {"rows": rows, **own}
+        tasks[task] = {"rows": rows, **own, **_kept(own)}
     asked = verdicts.outcomes(study, protocol)
     return {
         "schema": SCHEMA,
@@ -47,6 +48,28 @@ def results(study: Study, protocol: Protocol) -> dict[str, Any]:
         "outcomes": [dataclasses.asdict(one) for one in asked],
         "tasks": tasks,
     }
+
+
+def _kept(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The records without what tables hold already; ranks in the order of "layers"."""
+    every = [one for records in own["judged"].values() for one in records]
+    whole = (one["ranks"] for one in every if one.get("ranks"))
+    layers = [*next(whole, {})]
+    listed = lambda ranks: ranks and [ranks[name] for name in layers]
+    names = ("seed", "rate", "error", "misallocation")
+    judged = {
+        arm: [
+            {name: one.get(name) for name in names}
+            | {name: listed(one.get(name)) for name in ("ranks", "truth")}
+            for one in records
+        ]
+        for arm, records in own["judged"].items()
+    }
+    tuned = {
+        arm: [{name: one.get(name) for name in names[:3]} for one in records]
+        for arm, records in own["tuned"].items()
+    }
+    return {"layers": layers, "judged": judged, "tuned": tuned}
 
 
 def _row(
@@ -141,7 +164,8 @@ def markdown(found: Mapping[str, Any]) -> str:
 def write(found: Mapping[str, Any], path: str) -> tuple[Path, Path]:
     """Writes both files; returns their paths."""
     files = Path(f"{path}.json"), Path(f"{path}.md")
-    write_json_atomically(files[0], found)
+    packed = json.dumps(found, separators=(",", ":"), allow_nan=False).encode()
+    write_atomically(files[0], lambda file: file.write(packed))
     text = markdown(found).encode()
     write_atomically(files[1], lambda file: file.write(text))
     return files

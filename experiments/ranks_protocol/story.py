@@ -134,7 +134,8 @@ def ranks(found: Found, task: str, seed: int | None = None) -> Figure:
     Raises:
       BadInput: The study has no such task or seed, or no arm of it ended.
     """
-    judged = _task(found, task)["judged"]
+    whole = _task(found, task)
+    judged, layers = whole["judged"], whole["layers"]
     seeds = [one["seed"] for one in next(iter(judged.values()))]
     seed = seeds[0] if seed is None else seed
     own = {a: one for a, rows in judged.items() for one in rows if one["seed"] == seed}
@@ -146,8 +147,7 @@ def ranks(found: Found, task: str, seed: int | None = None) -> Figure:
             f"no arm of {task!r} was trained to its end with seed {seed}; the seeds "
             f"are {', '.join(map(str, seeds))}"
         )
-    layers = [*next(iter(shown.values()))]
-    grid = np.array([[row[layer] for layer in layers] for row in shown.values()])
+    grid = np.array([*shown.values()])
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(
             (2.0 + 0.42 * min(len(layers), 24), 1.0 + 0.27 * len(shown)),

@@ -20,7 +20,8 @@ def with_ranks(own, truth):
             one["ranks"] = {"one": 1, "two": one["seed"] % 2, "three": 4}
             one["truth"] = truth
         own["tuned"][arm] = [
-            {"rate": rate, "error": error} for rate, error in TUNED.items()
+            {"seed": 1000, "rate": rate, "error": error}
+            for rate, error in TUNED.items()
         ]
     return own
 
