@@ -21,7 +21,7 @@ OPTIONS = {
         {"dropout": 0.4},
         {"rank_dropout": 0.4},
     ],
-    "triplet": [{}, {"alpha": 3.0, "dropout": 0.4}],
+    "triplet": [{"alpha": 3.0, "dropout": 0.4}],
 }
 DELTAS = [(name, options) for name in CATALOGUE for options in OPTIONS[name]]
 IDS = [f"{name}-{options}" for name, options in DELTAS]

@@ -114,7 +114,13 @@ def test_stopped_in_mid_schedule_it_goes_on_bit_for_bit(fitter, plain, tmp_path)
     same_gates(gates(found), gates(plain[0]))
 
 
-@pytest.mark.parametrize("importance", ["norm", "fisher", "activation"])
+@pytest.mark.parametrize(
+    "importance",
+    [
+        "fisher",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("norm", "activation")),
+    ],
+)
 def test_eight_devices_choose_what_one_does(fitter, plain, importance):
     ranks = Norm(**WINDOW, importance=importance)
     alone = plain[0] if importance == "norm" else fitter(0, ranks=ranks)[0]

@@ -16,7 +16,7 @@ WANTED = {
     "equivalence": 0.02, "points": 0.01,
 }  # fmt: skip
 PART = {
-    "tasks": ["words"], "ranks": [2, 3], "arms": ["uniform", "fisher", "retrain"],
+    "tasks": ["words"], "ranks": [2], "arms": ["uniform", "fisher", "retrain"],
     "rates": [0.005, 0.02], "seeds": 2, "tuning_seeds": 1, "steps": 14, "batch_size": 8,
 }  # fmt: skip
 
@@ -48,8 +48,8 @@ def found(world, tmp_path_factory):
 
 def test_every_arm_ends_with_the_budget_of_the_name(found):
     _, done, _ = found
-    assert [*done] == ["homogeneous", "words@2", "words@3"]
-    for rank in (2, 3):
+    assert [*done] == ["homogeneous", "words@2"]
+    for rank in PART["ranks"]:
         judged = done[f"words@{rank}"]["judged"]
         assert [*judged] == PART["arms"]
         (layers,) = {len(one["ranks"]) for own in judged.values() for one in own}
@@ -102,7 +102,7 @@ def test_the_error_is_the_share_of_wrong_labels(found):
 def test_the_tables_are_in_points(found):
     settings, _, told = found
     text = report.markdown(told)
-    assert "## words@3" in text
+    assert "## words@2" in text
     assert "share of test rows with a wrong label" in text
     assert f"{settings.real.steps} steps of 8 rows" in text
     wrong = told["tasks"]["words@2"]["rows"][0]["error"]
