@@ -146,10 +146,11 @@ def test_adalora_follows_the_paper_for_20_steps(mode):
     start = jax.tree.map(lambda v: v[0], state.trained)
     assert not start["first"]["diagonal"].any()
     pack = jax.jit(over_trials(step, 1, ranks=moving))
+    event = jax.jit(moving.before)
     expected = reference(params, start, x, y, mode)
     revived = 0
     for t, (gates, factors) in enumerate(expected):
-        due = jax.jit(moving.before)(state)
+        due = event(state)
         for path in SIZES:
             np.testing.assert_array_equal(due.dials[path]["gate"][0], gates[path])
             shown = np.asarray(due.dials[path]["gate"][0]) != 0
