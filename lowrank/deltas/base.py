@@ -167,13 +167,15 @@ class Delta(nn.Module, abc.ABC):
 
     def amplitude(
         self, dials: Mapping[str, Array], factors: Mapping[str, Array]
-    ) -> Array:
-        """c of shape (stack, max_rank), if W' - W = sum_r c_r a_r b_r.
+    ) -> Array | None:
+        """c of shape (stack, max_rank), if W' - W = sum_r c_r a_r b_r; else None.
 
         There a and b are the factors that `linear` names. What is known of such a sum
-        (`deltas.thin`) needs no dense matrix. A delta without one leaves it as it is.
+        (`deltas.thin`) needs no dense matrix. `Plan.thin` refuses deltas that leave
+        this method as it is.
         """
-        raise NotImplementedError
+        del dials, factors
+        return None
 
     def factor(self, name: str, init: Any, shape: tuple[int, ...]) -> Array:
         """Creates a factor with `init`, or reads it.

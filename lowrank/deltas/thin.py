@@ -48,12 +48,12 @@ class Thin:
     a: str
     b: str
     stacks: tuple[int, ...]
-    amplitude: Callable[[Mapping[str, Array], Mapping[str, Array]], Array]
+    amplitude: Callable[[Mapping[str, Array], Mapping[str, Array]], Array | None]
     silent: str
 
     def terms(self, factors: Mapping[str, Array], dials: Mapping[str, Array]) -> Terms:
         """The terms of all layers."""
-        c = self.amplitude(dials, factors)
+        c = self._amplitude(dials, factors)
         dtype = jnp.promote_types(factors[self.a].dtype, jnp.float32)
         flat = lambda x, *rest: x.astype(dtype).reshape(self._layers(c), *rest)
         rank = c.shape[-1]
@@ -76,7 +76,7 @@ class Thin:
         start at random, keep their length, and no correction is ever driven into
         a = b = 0, where both gradients vanish. Closed components stay as they are.
         """
-        c = self.amplitude(dials, factors)
+        c = self._amplitude(dials, factors)
         b = factors[self.silent]
         by = by.reshape(*c.shape[:-1], 1).astype(b.dtype)
         own = jnp.where(c != 0, by, 1)
@@ -90,6 +90,13 @@ class Thin:
         found = jnp.sum(jnp.square(weight.astype(dtype)), others)
         order = sorted(self.stacks)
         return lax.transpose(found, [order.index(d) for d in self.stacks]).reshape(-1)
+
+    def _amplitude(
+        self, dials: Mapping[str, Array], factors: Mapping[str, Array]
+    ) -> Array:
+        c = self.amplitude(dials, factors)
+        assert c is not None, "a Thin is made only for deltas with an amplitude"
+        return c
 
     def _layers(self, c: Array) -> int:
         return math.prod(c.shape[:-1])
