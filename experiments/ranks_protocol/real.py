@@ -20,7 +20,8 @@ from experiments.ranks_protocol.settings import JUDGED_SEED
 from experiments.ranks_protocol.settings import Protocol as Settings
 from lowrank.adapt.attach import Adapted
 from lowrank.allocate.slots import Slots, Unit
-from lowrank.data.pipeline import TrainPipeline
+from lowrank.data.buckets import Batch
+from lowrank.data.pipeline import TrainPipeline, eval_batches
 from lowrank.evaluate.score import score_trials
 from lowrank.run.door import CONF, resolve
 from lowrank.run.fit import Fit
@@ -46,8 +47,9 @@ SOURCES: Mapping[str, tuple[str, ...]] = {
 ROOM = 2
 #: Rows of an evaluation batch: large ones are no faster.
 _ROWS = 64
-#: Few shapes: what a step is compiled for takes as long as a short training.
-_BUCKETS = [16, 32, 64]
+#: Few shapes: what a step is compiled for takes as long as a short training. The few
+#: longer rows lose their end, for every arm alike.
+_BUCKETS = [16, 32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,17 +135,33 @@ class Real:
         self, fitted: Fit, seeds: Sequence[int], settings: Settings
     ) -> list[float]:
         """The share of rows that are labelled wrongly."""
-        del settings
         own = _prepared(self.arguments)
         judged = all(seed >= JUDGED_SEED for seed in seeds)
         found = score_trials(
             lambda batch: fitted.forward(fitted.chosen, fitted.state.dials, batch),
-            own.evaluation("test" if judged else "validation"),
+            sample(own, "test" if judged else "validation", settings.test_rows),
             list(own.task.classes),
             progress=False,
         )
         wrong = lambda one: np.mean(one.logits.argmax(axis=1) != one.labels)
         return [float(wrong(one)) for one in found]
+
+
+def sample(own: Prepared, split: str, count: int) -> list[Batch]:
+    """So many rows of a split, the same for all that ask; all if it has fewer.
+
+    They are drawn at random: rows of one class often stand together.
+    """
+    tokens, labels = own.tokens[split], own.task.splits[split].labels
+    kept = np.sort(np.random.default_rng(0).permutation(len(tokens))[:count])
+    rows = [tokens.row(int(number)) for number in kept]
+    part = dataclasses.replace(
+        tokens,
+        ids=np.concatenate(rows),
+        offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
+    )
+    batching = dataclasses.replace(own.settings.batching, batch_size=_ROWS)
+    return list(eval_batches(part, labels[kept], batching))
 
 
 @functools.lru_cache(maxsize=8)
@@ -153,7 +171,7 @@ def _prepared(arguments: tuple[str, ...]) -> Prepared:
     stands = GlobalHydra.instance().is_initialized()
     here = initialize_config_dir(str(CONF), version_base="1.3") if not stands else None
     with here or contextlib.nullcontext():
-        config = compose("config", [*arguments, f"evaluate.batch_size={_ROWS}"])
+        config = compose("config", [*arguments])
     return prepare(read(dict(resolve(config))))
 
 

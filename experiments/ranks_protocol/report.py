@@ -178,7 +178,8 @@ def _of_text(real: Mapping[str, Any], grid: Sequence[float]) -> str:
         f"{real['seeds']} judged seeds, {real['steps']} steps of {real['batch_size']} "
         f"rows, rates {rates} chosen on {real['tuning_seeds']} other seed(s) and the "
         "validation split. Errors are means over seeds of the share of test rows with "
-        "a wrong label, and differences to uniform are points of it."
+        f"a wrong label (of {real['test_rows']} drawn at random, or all), and "
+        "differences to uniform are points of it."
     )
 
 

@@ -44,6 +44,7 @@ class RealPart:
       tasks: Sources of text.
       ranks: Budgets, in components per layer on average.
       arms, rates, seeds, tuning_seeds, steps, batch_size: See `Protocol`.
+      test_rows: Rows of a split that errors are counted on; all, if it has fewer.
     """
 
     tasks: Sequence[str]
@@ -54,6 +55,7 @@ class RealPart:
     tuning_seeds: int
     steps: int
     batch_size: int
+    test_rows: int
 
 
 @spec

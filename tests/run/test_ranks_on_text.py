@@ -18,6 +18,7 @@ WANTED = {
 PART = {
     "tasks": ["words"], "ranks": [2], "arms": ["uniform", "fisher", "retrain"],
     "rates": [0.005, 0.02], "seeds": 2, "tuning_seeds": 1, "steps": 14, "batch_size": 8,
+    "test_rows": 1000,
 }  # fmt: skip
 
 
@@ -67,21 +68,41 @@ def test_rates_are_chosen_by_validation_and_arms_judged_by_test(
 ):
     settings, _, _ = found
     asked = []
-    prepared = real._prepared
-
-    def spied(arguments):
-        own = prepared(arguments)
-        spy = lambda split: asked.append(split) or own.evaluation(split)
-        return type("Seen", (), {"task": own.task, "evaluation": staticmethod(spy)})
-
     own = (*SMALL, *world.overrides())
     monkeypatch.setattr(real, "SOURCES", {"words": own})
     monkeypatch.setattr(real, "score_trials", lambda *given, **more: [])
-    monkeypatch.setattr(real, "_prepared", spied)
+    monkeypatch.setattr(real, "sample", lambda own, *given: asked.append(given) or [])
     task, part = Real("words", 2), settings.parts[1]
     for seeds in (part.tuned, part.judged):
         task.errors(None, seeds, part)
-    assert asked == ["validation", "test"]
+    assert asked == [("validation", 1000), ("test", 1000)]
+
+
+@pytest.mark.parametrize("count", [5, 1000])
+def test_a_sample_is_drawn_without_order_and_alike_for_all(
+    found, world, monkeypatch, count
+):
+    own = (*SMALL, *world.overrides())
+    monkeypatch.setattr(real, "SOURCES", {"words": own})
+    prepared = real._prepared(Real("words", 2).arguments)
+    tokens, labels = prepared.tokens["test"], prepared.task.splits["test"].labels
+    whole = {(tuple(tokens.row(n)), int(labels[n])) for n in range(len(tokens))}
+    seen = []
+    for batch in real.sample(prepared, "test", count):
+        for row, index in enumerate(batch["index"]):
+            if index >= 0:
+                ids = batch["input_ids"][row][batch["attention_mask"][row] > 0]
+                seen.append((index, tuple(ids), int(batch["labels"][row])))
+    numbers = sorted(index for index, _, _ in seen)
+    assert numbers == [*range(min(count, len(tokens)))]
+    assert {(ids, label) for _, ids, label in seen} <= whole
+    if count < len(tokens):
+        # Not the first ones, which may be of one class.
+        first = {tuple(tokens.row(n)) for n in range(count)}
+        assert {ids for _, ids, _ in seen} != first
+    again = real.sample(prepared, "test", count)
+    for one, other in zip(again, real.sample(prepared, "test", count), strict=True):
+        assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
 def test_the_error_is_the_share_of_wrong_labels(found):
