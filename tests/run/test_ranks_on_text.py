@@ -91,8 +91,8 @@ def test_a_sample_is_drawn_without_order_and_alike_for_all(
     for batch in real.sample(prepared, "test", count):
         for row, index in enumerate(batch["index"]):
             if index >= 0:
-                ids = batch["input_ids"][row][batch["attention_mask"][row] > 0]
-                seen.append((index, tuple(ids), int(batch["labels"][row])))
+                ids = batch["ids"][row][batch["mask"][row] > 0]
+                seen.append((index, tuple(ids), int(batch["label"][row])))
     numbers = sorted(index for index, _, _ in seen)
     assert numbers == [*range(min(count, len(tokens)))]
     assert {(ids, label) for _, ids, label in seen} <= whole
