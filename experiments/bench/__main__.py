@@ -21,8 +21,8 @@ from experiments.bench.report import SCHEMA, show, summarize
 from experiments.bench.setting import SHAPES, Setting
 from lowrank.core.errors import BadInput, LowrankError, exit_code
 from lowrank.io import hub
+from lowrank.io.bert import BERT
 from lowrank.io.files import write_json_atomically
-from lowrank.io.keymaps import to_hf
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "numpy")
 #: Steps of a turn that are not timed: caches are cold after the others' turns.
@@ -163,7 +163,7 @@ def export(base: hub.Base, folder: Path) -> None:
     folder.mkdir()
     tensors = {
         name: np.array(value)
-        for name, value in to_hf(base.params, prefix="").items()
+        for name, value in BERT.to_hf(base.params, prefix="").items()
         if not name.startswith("classifier.")
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -32,9 +32,10 @@ from tokenizers import Tokenizer
 from lowrank.core.errors import BadInput, CannotWrite
 from lowrank.core.secrets import redact_text
 from lowrank.core.trees import flatten
-from lowrank.io.keymaps import from_hf, spec_from_config
+from lowrank.io.bert import BERT, spec_from_config
 from lowrank.io.safetensors import Tensors, read_json
-from lowrank.models.encoder import Classifier, EncoderSpec, compute_dtype
+from lowrank.models.encoder import Classifier, EncoderSpec
+from lowrank.models.options import compute_dtype
 
 Forward = Callable[[Any, Mapping[str, Any]], jax.Array]
 
@@ -219,11 +220,10 @@ def _from_folder(
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
     leaves, structure = flatten(shapes)
     with Tensors(folder) as tensors:
-        filled, fingerprint, ignored = from_hf(
+        filled, fingerprint, ignored = BERT.from_hf(
             tensors.shapes,
             tensors.read,
             shapes,
-            num_layers=shape.num_layers,
             where=str(folder),
         )
     head = {path: leaf for path, leaf in leaves.items() if path not in filled}

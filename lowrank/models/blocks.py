@@ -57,7 +57,12 @@ def gelu_tanh(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     return jax.nn.gelu(x, approximate=True)
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": jax.nn.relu}
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
 
 
 @jax.custom_jvp
@@ -211,6 +216,36 @@ class LayerNorm(nn.Module):
         x -= x.mean(axis=-1, keepdims=True)
         x *= lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + self.epsilon)
         return (x * scale[None, None] + bias[None, None]).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    r"""RMSNorm, :math:`x / \sqrt{\overline{x^2} + \epsilon} \cdot scale`.
+
+    Computed in float32 at least, and cast after the scale, as Gemma does; Llama's code
+    casts before it, which is the same in float32.
+
+    Source: Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467
+
+    Attributes:
+      epsilon: Added to the mean of squares.
+      dtype: Of the result.
+      offset: Whether it is 1 + scale that multiplies, and scale starts at 0.
+    """
+
+    epsilon: float
+    dtype: Any
+    offset: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        fresh = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", fresh, x.shape[-1:])
+        scale = jnp.expand_dims(scale, range(x.ndim - 1))
+        if self.offset:
+            scale = 1.0 + scale
+        x = x.astype(wide(self.dtype))
+        x *= lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale).astype(self.dtype)
 
 
 def add_and_norm(module: Any, x: Array, y: Array) -> Array:

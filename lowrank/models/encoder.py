@@ -17,9 +17,8 @@ Paths of its weights, with layers scanned (one stacked leaf) or unrolled:
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -33,12 +32,15 @@ from lowrank.models.blocks import (
     mask_bias,
     wide,
 )
+from lowrank.models.options import (
+    Precision,
+    check_choice,
+    compute_dtype,
+    rematerialized,
+)
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Pooling = Literal["mean", "cls", "pooler"]
-Remat = Literal["none", "full", "dots"]
-Dtype = Literal["float32", "bfloat16", "float64"]
-Precision = Literal["highest", None]
 
 
 @spec
@@ -183,14 +185,13 @@ class Encoder(nn.Module):
         mask: Bool[Array, "batch seq"],
         type_ids: Int[Array, "#batch #seq"] | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        _check_choice("remat", self.remat, Remat)
-        _check_choice("precision", self.precision, Precision)
+        check_choice("precision", self.precision, Precision)
         dtype = compute_dtype(self.dtype)
         if type_ids is None:
             type_ids = jnp.zeros((1, 1), jnp.int32)
         x = Embeddings(self.spec, dtype, name="embeddings")(ids, type_ids)
         bias = mask_bias(mask, wide(dtype))
-        layer = self._layer()
+        layer = rematerialized(Layer, self.remat, self.scan)
         if self.scan:
             stack = nn.scan(
                 layer,
@@ -205,15 +206,6 @@ class Encoder(nn.Module):
             one = layer(self.spec, dtype, self.precision, name=f"layer_{index}")
             x, _ = one(x, bias)
         return x
-
-    def _layer(self) -> type[nn.Module]:
-        if self.remat == "none":
-            return Layer
-        policy = None
-        if self.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        # Inside a scan nothing can be merged across the barrier anyway.
-        return nn.remat(Layer, policy=policy, prevent_cse=not self.scan)
 
 
 class Classifier(nn.Module):
@@ -239,7 +231,7 @@ class Classifier(nn.Module):
     precision: str | None = None
 
     def setup(self) -> None:
-        _check_choice("pooling", self.pooling, Pooling)
+        check_choice("pooling", self.pooling, Pooling)
         if self.num_classes < 1:
             raise BadInput(f"num_classes must be at least 1, not {self.num_classes}")
         self.encoder = Encoder(
@@ -270,27 +262,6 @@ class Classifier(nn.Module):
     def hidden(self, batch: Mapping[str, Any]) -> Float[Array, "batch seq d_model"]:
         """The last layer's output, padding included."""
         return self.encoder(*_inputs(batch, self.spec))
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype called `name`.
-
-    Raises:
-      BadInput: Not a dtype we compute in, or float64 while JAX has it switched off.
-    """
-    _check_choice("dtype", name, Dtype)
-    enabled = jax.config.jax_enable_x64  # pyright: ignore
-    if name == "float64" and not enabled:
-        raise BadInput(
-            "dtype 'float64' needs JAX_ENABLE_X64=1; without it JAX computes in "
-            "float32. Set the variable, or use dtype 'float32'."
-        )
-    return jnp.dtype(name)
-
-
-def _check_choice(field: str, value: Any, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise BadInput(f"{field} must be one of {get_args(choices)}, not {value!r}")
 
 
 def _inputs(

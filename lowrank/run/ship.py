@@ -14,8 +14,9 @@ from lowrank.deltas.base import Delta
 from lowrank.deltas.lora import LoRA
 from lowrank.deltas.triplet import Triplet
 from lowrank.io.adapter import collect
+from lowrank.io.bert import BERT
 from lowrank.io.files import write_atomically
-from lowrank.io.keymaps import hf_module, stacked_path
+from lowrank.io.keymaps import stacked_path
 from lowrank.io.peft import write_adapter
 from lowrank.run.prepare import Prepared
 from lowrank.run.ranks import final
@@ -133,4 +134,4 @@ def _folded(trained: Trained) -> dict[str, Any]:
 def _module(path: str, layer: int | None) -> str:
     """Their module for a path of ours, stacked or unrolled."""
     stacked, own = stacked_path(path)
-    return hf_module(stacked, own if layer is None else layer)
+    return BERT.module(stacked, own if layer is None else layer)

@@ -19,8 +19,8 @@ from lowrank.core.trees import flatten, shapes_of
 from lowrank.data.builders.files import Reading, read_columns
 from lowrank.data.splits import Split
 from lowrank.data.tokens import tokenize
+from lowrank.io.bert import spec_from_config
 from lowrank.io.hub import read_tokenizer
-from lowrank.io.keymaps import spec_from_config
 from lowrank.io.peft import CONFIG, MODEL, read_adapter
 from lowrank.io.safetensors import SINGLE, Tensors, read_json
 from lowrank.run import stored

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny_base import fresh, write
 
-from lowrank.io import keymaps
+from lowrank.io.bert import BERT
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +19,4 @@ def original():
 @pytest.fixture
 def folder(tmp_path, original):
     """As a user has it."""
-    return write(tmp_path / "base", keymaps.to_hf(original))
+    return write(tmp_path / "base", BERT.to_hf(original))

@@ -10,7 +10,8 @@ from tiny_hf import CONFIG, SPEC
 
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.core.trees import flatten
-from lowrank.io import keymaps
+from lowrank.io import bert
+from lowrank.io.bert import BERT
 from lowrank.io.hub import load, read_tokenizer
 from lowrank.models.encoder import Classifier
 
@@ -25,16 +26,16 @@ def pretrained(params):
 @pytest.mark.parametrize("scan", [True, False])
 def test_every_weight_has_a_tensor_and_every_tensor_its_weight(scan):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, "f"), fresh(scan))
-    tensors = keymaps.to_hf(params)
+    tensors = BERT.to_hf(params)
     paths = set(flatten(params)[0])
-    back = {keymaps.our_path(name, scan=scan) for name in tensors}
+    back = {BERT.path(name, scan=scan) for name in tensors}
     assert {path for path, _ in back} == paths
     assert len(back) == len(tensors)
     for path, layer in back:
-        name = keymaps.hf_tensor(path, layer)
-        assert keymaps.our_path(name, scan=scan) == (path, layer)
+        name = BERT.tensor(path, layer)
+        assert BERT.path(name, scan=scan) == (path, layer)
         assert name in tensors
-    assert {row.path for row in keymaps.BERT} == set(flatten(fresh())[0])
+    assert {row.path for row in BERT.rows} == set(flatten(fresh())[0])
 
 
 def test_modules_are_called_as_peft_calls_them():
@@ -42,16 +43,13 @@ def test_modules_are_called_as_peft_calls_them():
         "encoder/layer/attention/query/kernel",
         "encoder.layer.3.attention.self.query",
     )
-    assert keymaps.hf_module(path, layer=3) == f"bert.{module}"
-    assert keymaps.hf_module(path, layer=3, prefix="") == module
+    assert BERT.module(path, layer=3) == f"bert.{module}"
+    assert BERT.module(path, layer=3, prefix="") == module
+    assert BERT.module("encoder/layer_3/attention/query/kernel", prefix="") == module
+    assert BERT.module("head/kernel") == "classifier"
+    assert BERT.kernel(f"bert.{module}") == (path, 3)
     assert (
-        keymaps.hf_module("encoder/layer_3/attention/query/kernel", prefix="") == module
-    )
-    assert keymaps.hf_module("head/kernel") == "classifier"
-    assert keymaps.our_kernel(f"bert.{module}") == (path, 3)
-    assert (
-        keymaps.our_kernel(module, scan=False)[0]
-        == "encoder/layer_3/attention/query/kernel"
+        BERT.kernel(module, scan=False)[0] == "encoder/layer_3/attention/query/kernel"
     )
 
 
@@ -65,21 +63,21 @@ def test_modules_are_called_as_peft_calls_them():
 )
 def test_a_layer_is_named_exactly_where_there_is_one(path, layer):
     with pytest.raises(BadInput, match="layer"):
-        keymaps.hf_tensor(path, layer)
+        BERT.tensor(path, layer)
 
 
 def test_an_unknown_name_gets_the_nearest_ones():
     with pytest.raises(UnknownName, match="attention/query/kernel"):
-        keymaps.hf_tensor("encoder/layer/attention/qeury/kernel")
+        BERT.tensor("encoder/layer/attention/qeury/kernel")
     with pytest.raises(UnknownName, match=r"self\.query\.weight"):
-        keymaps.our_path("encoder.layer.0.attention.self.qeury.weight")
+        BERT.path("encoder.layer.0.attention.self.qeury.weight")
 
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_saving_and_loading_is_the_identity(folder, original, scan):
     base = load(str(folder), num_classes=7, pooling="pooler", scan=scan)
-    again = keymaps.to_hf(base.params)
-    wanted = keymaps.to_hf(original)
+    again = BERT.to_hf(base.params)
+    wanted = BERT.to_hf(original)
     assert set(again) == set(wanted)
     for name in wanted:
         if not name.startswith("classifier."):
@@ -97,7 +95,7 @@ def test_a_loaded_base_computes_what_the_model_computes(folder, original):
 
 
 def test_kernels_are_transposed_and_layers_kept_apart(folder, original):
-    tensors = keymaps.to_hf(original, prefix="")
+    tensors = BERT.to_hf(original, prefix="")
     ours = original["encoder"]["layer"]["mlp"]["up"]["kernel"]
     theirs = tensors["encoder.layer.2.intermediate.dense.weight"]
     assert theirs.shape == (SPEC.d_ff, SPEC.d_model)
@@ -122,7 +120,7 @@ def _old(tensors):
 
 @pytest.mark.parametrize("rename", [_bare, _old])
 def test_other_spellings_of_the_names_load_the_same(tmp_path, folder, original, rename):
-    other = write(tmp_path / "other", rename(keymaps.to_hf(original)))
+    other = write(tmp_path / "other", rename(BERT.to_hf(original)))
     one, two = (
         load(str(path), num_classes=2, pooling="pooler") for path in (folder, other)
     )
@@ -131,7 +129,7 @@ def test_other_spellings_of_the_names_load_the_same(tmp_path, folder, original, 
 
 
 def test_half_precision_weights_become_float32(tmp_path, original):
-    tensors = {k: v.astype(np.float16) for k, v in keymaps.to_hf(original).items()}
+    tensors = {k: v.astype(np.float16) for k, v in BERT.to_hf(original).items()}
     base = load(str(write(tmp_path / "half", tensors)), num_classes=2)
     for path, leaf in pretrained(base.params).items():
         want = flatten(original)[0][path].astype(np.float16).astype(np.float32)
@@ -140,7 +138,7 @@ def test_half_precision_weights_become_float32(tmp_path, original):
 
 
 def test_what_is_not_used_is_recorded_with_its_reason(tmp_path, original):
-    tensors = keymaps.to_hf(original)
+    tensors = BERT.to_hf(original)
     tensors["bert.embeddings.position_ids"] = np.arange(SPEC.max_positions)
     tensors["cls.predictions.bias"] = np.zeros(3, np.float32)
     base = load(str(write(tmp_path / "extra", tensors)), num_classes=2)
@@ -157,7 +155,7 @@ def test_what_is_not_used_is_recorded_with_its_reason(tmp_path, original):
 
 
 def test_misfits_are_listed_both_ways_and_not_without_end(tmp_path, original):
-    tensors = keymaps.to_hf(original)
+    tensors = BERT.to_hf(original)
     del tensors["bert.embeddings.word_embeddings.weight"]
     extra = {
         f"adapter.{index:02}.weight": np.zeros(1, np.float32) for index in range(25)
@@ -172,13 +170,13 @@ def test_misfits_are_listed_both_ways_and_not_without_end(tmp_path, original):
 
 
 def test_a_tensor_of_unknown_purpose_is_enough_to_refuse(tmp_path, original):
-    tensors = {**keymaps.to_hf(original), "adapter.weight": np.zeros(1, np.float32)}
+    tensors = {**BERT.to_hf(original), "adapter.weight": np.zeros(1, np.float32)}
     with pytest.raises(BadInput, match=r"no weight takes: adapter\.weight\. .*: none"):
         load(str(write(tmp_path / "more", tensors)), num_classes=2)
 
 
 def test_a_pooler_that_is_wanted_and_absent_is_missed(tmp_path, original):
-    tensors = {k: v for k, v in keymaps.to_hf(original).items() if "pooler" not in k}
+    tensors = {k: v for k, v in BERT.to_hf(original).items() if "pooler" not in k}
     folder = write(tmp_path / "bare", tensors)
     assert load(str(folder), num_classes=2).spec == SPEC
     with pytest.raises(BadInput, match=r"missing: pooler\.dense\.bias"):
@@ -186,7 +184,7 @@ def test_a_pooler_that_is_wanted_and_absent_is_missed(tmp_path, original):
 
 
 def test_a_wrong_shape_names_tensor_and_both_shapes(tmp_path, original):
-    tensors = keymaps.to_hf(original)
+    tensors = BERT.to_hf(original)
     name = "bert.encoder.layer.1.intermediate.dense.weight"
     tensors[name] = np.ascontiguousarray(tensors[name].T)
     with pytest.raises(BadInput, match=r"layer\.1.*\(24, 40\).*\(40, 24\)"):
@@ -194,7 +192,7 @@ def test_a_wrong_shape_names_tensor_and_both_shapes(tmp_path, original):
 
 
 def test_one_tensor_under_two_names_is_refused(tmp_path, original):
-    tensors = keymaps.to_hf(original)
+    tensors = BERT.to_hf(original)
     name = "embeddings.LayerNorm.bias"
     tensors[name] = tensors[f"bert.{name}"]
     with pytest.raises(BadInput, match="twice"):
@@ -216,11 +214,11 @@ def test_the_fingerprint_is_that_of_the_pretrained_weights_alone(
         str(folder), num_classes=9, scan=False, remat="full", dtype="bfloat16"
     )
     assert first.fingerprint == second.fingerprint
-    tensors = keymaps.to_hf(original)
+    tensors = BERT.to_hf(original)
     tensors["bert.encoder.layer.2.output.dense.bias"][3] += 1e-3
     changed = load(str(write(tmp_path / "changed", tensors)), num_classes=2)
     assert changed.fingerprint != first.fingerprint
-    swapped = keymaps.to_hf(original)
+    swapped = BERT.to_hf(original)
     one, two = (f"bert.encoder.layer.{index}.output.dense.bias" for index in (0, 1))
     swapped[one], swapped[two] = swapped[two], swapped[one]
     other = load(str(write(tmp_path / "swapped", swapped)), num_classes=2)
@@ -250,7 +248,7 @@ def test_a_config_field_that_might_change_the_model_is_refused(change, said):
         key: value for key, value in {**CONFIG, **change}.items() if value is not None
     }
     with pytest.raises(BadInput, match=f"place.*{said}"):
-        keymaps.spec_from_config(config, "place")
+        bert.spec_from_config(config, "place")
 
 
 def test_irrelevant_config_fields_are_accepted_and_the_rest_is_used():
@@ -262,7 +260,7 @@ def test_irrelevant_config_fields_are_accepted_and_the_rest_is_used():
         "layer_norm_eps": 1e-5,
         "is_decoder": False,
     }
-    spec = keymaps.spec_from_config(config, "place")
+    spec = bert.spec_from_config(config, "place")
     assert (spec.activation, spec.norm_eps) == ("gelu_tanh", 1e-5)
 
 
@@ -272,7 +270,7 @@ def test_the_tokenizer_neither_pads_nor_truncates(folder):
 
 
 def test_a_tokenizer_that_does_not_belong_to_the_weights_is_refused(tmp_path, original):
-    folder = write(tmp_path / "big", keymaps.to_hf(original), size=SPEC.vocab_size + 1)
+    folder = write(tmp_path / "big", BERT.to_hf(original), size=SPEC.vocab_size + 1)
     with pytest.raises(BadInput, match="token id 97"):
         load(str(folder), num_classes=2)
     (folder / "tokenizer.json").write_text("{}")

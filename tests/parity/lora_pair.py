@@ -17,7 +17,8 @@ from lowrank.core.trees import flatten
 from lowrank.deltas.lora import LoRA
 from lowrank.io import hub
 from lowrank.io.adapter import collect
-from lowrank.io.keymaps import hf_module, stacked_path
+from lowrank.io.bert import BERT
+from lowrank.io.keymaps import stacked_path
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
@@ -60,7 +61,7 @@ def tiny_folder(folder: Path) -> Path:
 
 def module_of(path, layer):
     stacked, own = stacked_path(path)
-    return hf_module(stacked, own if layer is None else layer)
+    return BERT.module(stacked, own if layer is None else layer)
 
 
 @dataclasses.dataclass

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
+from lowrank.io.bert import BERT
 from lowrank.io.hub import load
-from lowrank.io.keymaps import to_hf
 from lowrank.models.encoder import Classifier
 
 pytestmark = pytest.mark.parity
@@ -112,7 +112,7 @@ def test_hidden_states_of_the_real_minilm(tmp_path):
     model = BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False)
     weights = {
         name: torch.from_numpy(value.copy())
-        for name, value in to_hf(base.params, prefix="").items()
+        for name, value in BERT.to_hf(base.params, prefix="").items()
         if not name.startswith("classifier.")
     }
     missing, unexpected = model.load_state_dict(weights, strict=False)

@@ -30,7 +30,7 @@ from lowrank.adapt.rules import Freeze, Rule, Train
 from lowrank.deltas.lora import LoRA
 from lowrank.io import hub
 from lowrank.io.adapter import collect, spread
-from lowrank.io.keymaps import our_kernel
+from lowrank.io.bert import BERT
 from lowrank.io.peft import read_adapter, write_adapter
 from lowrank.train.losses import cross_entropy
 
@@ -175,7 +175,7 @@ def test_peft_opens_ranks_by_layer_and_we_open_its_folder(tiny, tmp_path, scalin
     assert sorted(sizes.values()) == sorted(ranks.values())
     opened.save_pretrained(tmp_path / "b")
     back, dials = spread(
-        read_adapter(tmp_path / "b"), trained, adapted.dials(), our_kernel
+        read_adapter(tmp_path / "b"), trained, adapted.dials(), BERT.kernel
     )
     assert distance(adapted.apply(frozen, back, inputs, dials=dials), ours) <= TOLERANCE
     same = jax.tree.map(lambda a, b: bool((a == b).all()), dials, adapted.dials())
@@ -203,7 +203,7 @@ def test_tables_of_embeddings_go_there_and_back(tiny, tmp_path):
     assert distance(in_eval(opened, batch), ours) <= TOLERANCE
     opened.save_pretrained(tmp_path / "b")
     back, dials = spread(
-        read_adapter(tmp_path / "b"), trained, adapted.dials(), our_kernel
+        read_adapter(tmp_path / "b"), trained, adapted.dials(), BERT.kernel
     )
     again = adapted.apply(frozen, back, inputs, dials=dials)
     assert distance(again, ours) <= TOLERANCE
@@ -252,6 +252,6 @@ def test_we_open_the_folder_of_peft_and_give_its_logits(tiny, tmp_path, use_rslo
     ]
     adapted = attach(base.apply, base.params, inputs, rules=rules)
     frozen, like = adapted.init(jax.random.key(0))
-    trained, dials = spread(read_adapter(tmp_path), like, adapted.dials(), our_kernel)
+    trained, dials = spread(read_adapter(tmp_path), like, adapted.dials(), BERT.kernel)
     ours = adapted.apply(frozen, trained, inputs, dials=dials)
     assert distance(ours, in_eval(theirs, batch)) <= TOLERANCE

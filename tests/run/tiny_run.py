@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lowrank.core.errors import LowrankError, Preempted, exit_code
 from lowrank.core.trees import flatten
-from lowrank.io import keymaps
+from lowrank.io.bert import BERT
 from lowrank.models.encoder import Classifier
 from lowrank.run.door import CONF, resolve
 
@@ -69,7 +69,7 @@ def write_base(folder, seed=0):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return write_folder(folder, keymaps.to_hf(params), tokenizer)
+    return write_folder(folder, BERT.to_hf(params), tokenizer)
 
 
 def write_table(file, rows_per_class=30, seed=0, classes=tuple(KEYWORDS)):
