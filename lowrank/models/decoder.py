@@ -30,6 +30,7 @@ from lowrank.models.attention import angles, bias_of, frequencies, near, sees
 from lowrank.models.blocks import wide
 from lowrank.models.decoder_layer import Layer, View, norm
 from lowrank.models.decoder_spec import DecoderSpec
+from lowrank.models.head import label_scores
 from lowrank.models.options import (
     Precision,
     check_choice,
@@ -251,6 +252,16 @@ class LanguageModel(nn.Module):
         """Logits of tokens that follow what the cache holds, and it with these."""
         hidden, kept = self.decoder(**_inputs(batch, self.spec), cache=cache)
         return self.logits(hidden), kept
+
+    def scores(self, batch: Mapping[str, Any]) -> dict[str, Float[Array, "batch seq"]]:
+        """What losses need of every token, without all logits at once; see `head`.
+
+        Args:
+          batch: With "label" besides: the token that is to follow, (batch, seq).
+        """
+        hidden = self.hidden(batch)
+        label = jnp.asarray(batch["label"])
+        return label_scores(self.logits, hidden, label, self.spec.vocab_size)
 
     def logits(
         self, hidden: Float[Array, "*rows d_model"]

@@ -9,8 +9,9 @@ import pytest
 from tiny_hf import SPEC
 
 from lowrank.core.errors import BadInput, CannotWrite
-from lowrank.io import hub
-from lowrank.io.hub import Base, Wheel, load, sha256_of
+from lowrank.io import sources
+from lowrank.io.hub import Base, load
+from lowrank.io.sources import Wheel, sha256_of
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def pinned(tmp_path, monkeypatch, folder):
     wheel = Wheel(
         file=file.name, sha256=sha256_of(file), members=members, license="none"
     )
-    monkeypatch.setattr(hub, "WHEELS", {"tiny==1.0": wheel})
+    monkeypatch.setattr(sources, "WHEELS", {"tiny==1.0": wheel})
     return cache, file
 
 
