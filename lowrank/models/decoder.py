@@ -141,6 +141,10 @@ class Decoder(nn.Module):
           cache: What was read before; None: nothing, and nothing is kept.
         """
         check_choice("precision", self.precision, Precision)
+        if cache is not None and segments is not None:
+            raise BadInput(
+                "segments do not go with a cache, which holds one sequence per row"
+            )
         shape, dtype = self.spec, compute_dtype(self.dtype)
         if positions is None:
             positions = counted(mask, cache)
