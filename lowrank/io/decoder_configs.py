@@ -191,6 +191,8 @@ def spec_from_config(
         return DecoderSpec(**fields), kind.family
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{where} has a malformed or missing field: {error!r}") from None
 
 
 def _derived(

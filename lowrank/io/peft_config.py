@@ -29,6 +29,8 @@ _KNOWN = frozenset(
         *("exclude_modules", "layers_to_transform", "layers_pattern"),
         *("megatron_core", "qalora_group_size", "eva_config", "corda_config"),
         *("loftq_config", "lora_ga_config", "ensure_weight_tying"),
+        # How GPT-2's base is stored; the factors are the same.
+        "fan_in_fan_out",
     )
 )
 #: Starts that leave the base as it is; the others need another base than the one named.

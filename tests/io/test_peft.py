@@ -261,7 +261,6 @@ def edit(folder, **changes):
         ({"peft_type": "IA3"}, "only LORA"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"r": 3}, "rank 3"),
         ({"r": True}, "rank True"),
         ({"r": "4"}, "rank '4'"),
@@ -291,6 +290,7 @@ def test_options_that_change_nothing_are_taken(folder):
         **{"use_dora": False, "bias": "none", "eva_config": {"rho": 2}},
         **{"init_lora_weights": "eva", "an_option_of_tomorrow": None},
         **{"lora_dropout": 0.1, "inference_mode": False, "revision": "main"},
+        **{"fan_in_fan_out": True},
     )
     after = read_adapter(folder)
     assert after.corrections.keys() == before.corrections.keys()
