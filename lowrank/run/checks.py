@@ -1,6 +1,6 @@
 """What is refused before anything is compiled: plans of training that cannot work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -14,6 +14,23 @@ from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import AdamW
 
 
+def check_metric(field: str, name: str, validation: Sequence[Batch]) -> None:
+    """Refuses a number that a validation split does not give.
+
+    Raises:
+      BadInput: There are others.
+    """
+    labels = np.concatenate([b["label"][b["weight"] > 0] for b in validation])
+    flat = np.zeros((len(labels), int(labels.max()) + 1), np.float32)
+    values = Tally.of(Rows.of(flat, labels), STANDARD).compute()
+    known = [name for name, value in values.items() if value is not None]
+    if name not in known:
+        raise BadInput(
+            f"{field} = {name!r} is not a number that this validation split "
+            f"of {len(labels)} rows gives; there are {', '.join(known)}"
+        )
+
+
 def check_plan(
     batches: TrainBatches,
     validation: Sequence[Batch] | None,
@@ -21,6 +38,7 @@ def check_plan(
     seeds: Sequence[int],
     devices: jax.sharding.Mesh,
     loop: LoopSpec,
+    check_select: Callable[[str, str, Sequence[Batch]], None] = check_metric,
 ) -> None:
     """Checks what would otherwise fail while compiling or in the middle of training.
 
@@ -51,21 +69,4 @@ def check_plan(
     for batch in validation or ():
         check_rows(devices, len(batch["ids"]), "evaluate.batch_size")
     if validation:
-        check_metric("loop.select", loop.select, validation)
-
-
-def check_metric(field: str, name: str, validation: Sequence[Batch]) -> None:
-    """Refuses a number that a validation split does not give.
-
-    Raises:
-      BadInput: There are others.
-    """
-    labels = np.concatenate([b["label"][b["weight"] > 0] for b in validation])
-    flat = np.zeros((len(labels), int(labels.max()) + 1), np.float32)
-    values = Tally.of(Rows.of(flat, labels), STANDARD).compute()
-    known = [name for name, value in values.items() if value is not None]
-    if name not in known:
-        raise BadInput(
-            f"{field} = {name!r} is not a number that this validation split "
-            f"of {len(labels)} rows gives; there are {', '.join(known)}"
-        )
+        check_select("loop.select", loop.select, validation)

@@ -26,12 +26,11 @@ from lowrank.core.errors import BadInput
 from lowrank.core.spec import digest
 from lowrank.core.trees import fingerprint
 from lowrank.cost.measure import StepTimer
-from lowrank.evaluate.metrics import STANDARD
-from lowrank.evaluate.score import numbers, score_trials
 from lowrank.io.checkpoints import Checkpoints
 from lowrank.run.checks import check_plan
 from lowrank.run.first_look import first_look
 from lowrank.run.forward import Batch, Forward, inputs_of, on_inputs
+from lowrank.run.judges import OF_CLASSES, Judge
 from lowrank.run.ranks import begun, check_settled, gauges
 from lowrank.run.storage import Storage
 from lowrank.sharding import (
@@ -59,7 +58,6 @@ _T = TypeVar("_T")
 
 #: (position, one dict of numbers per trial)
 Log = Callable[[int, Sequence[Mapping[str, float]]], None]
-LOWER_IS_BETTER = frozenset(m.name for m in STANDARD if not m.higher_is_better)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +114,7 @@ def fit(
     *,
     validation: Sequence[Batch] | None = None,
     loss: Loss = cross_entropy,
+    judge: Judge = OF_CLASSES,
     optim: AdamW | Sequence[AdamW] = AdamW(),
     penalty: Penalties | Sequence[Penalties] = Penalties(),
     ranks: Allocator | Sequence[Allocator] = Uniform(),
@@ -141,6 +140,7 @@ def fit(
       batches: Training data, built with the same seeds.
       validation: Batches that choose the best state and may stop early.
       loss: What is minimized (see `train.losses`).
+      judge: What a validation's numbers are (see `run.judges`).
       optim: Constants; one for all trials or one per trial.
       penalty: Weights of penalties on the corrections; one for all or one per trial.
       ranks: How ranks are chosen; one for all or one per trial. Those that move need
@@ -182,7 +182,7 @@ def fit(
         storage = Storage(
             Checkpoints(Path(directory), identity={**own, **(identity or {})})
         )
-    check_plan(batches, validation, optims, seeds, devices, loop)
+    check_plan(batches, validation, optims, seeds, devices, loop, judge.check)
     every = loop.evaluate_every or batches.steps_per_epoch
     check_pause(until, batches.num_steps, every if validation else None)
     if non_finite.action == "rollback" and storage is None:
@@ -243,7 +243,9 @@ def fit(
     if validation:
         alive("compilation for validation")
         forward.compile(state.trained, state.dials, validation)
-        validate = lambda s: _validation(forward, s, validation)
+        validate = lambda s: judge.numbers(
+            forward, lambda batch: forward(s.trained, s.dials, batch), validation
+        )
     if pack is not None:
         # What ends a trial or keeps its best compiles nothing later: this one changes
         # nothing.
@@ -261,7 +263,7 @@ def fit(
                 evaluate=validate,
                 timed=timer.add,
                 progress=report,
-                lower_is_better=LOWER_IS_BETTER,
+                lower_is_better=judge.lower_is_better,
                 alive=alive,
             )
             runner = Loop(
@@ -311,17 +313,6 @@ def _identity(
         **({"ranks": digest(list(allocators))} if chosen else {}),
         **({} if slots is None else {"layers": digest([one.told for one in slots])}),
     }
-
-
-def _validation(forward: Forward, state: TrainState, batches) -> list[dict[str, float]]:
-    """Validation numbers of every trial, from one pass over the split."""
-    found = score_trials(
-        lambda batch: forward(state.trained, state.dials, batch),
-        batches,
-        [str(label) for label in range(forward.num_classes)],
-        progress=False,
-    )
-    return [numbers(one) for one in found]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.sharding import batch_shapes, by_trial, place_batch, trial_axis
@@ -20,11 +19,11 @@ Batch = Mapping[str, np.ndarray]
 
 
 class Forward:
-    """Logits of every trial for a batch that all trials share.
+    """What every trial makes of a batch that all trials share: logits, or scores.
 
     Attributes:
       compile_seconds: Time spent compiling so far.
-      num_classes: Columns of the logits, once something is compiled.
+      outputs: Shapes of what it gives, once something is compiled.
     """
 
     def __init__(self, model: Model, frozen: Frozen, mesh: Mesh):
@@ -32,7 +31,7 @@ class Forward:
         self._mesh = mesh
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
-        self.num_classes = 0
+        self.outputs: Any = None
 
         def one(frozen: Frozen, trained: Trained, dials: Dials, batch: Mapping):
             return model(frozen, trained, batch, dials=dials, key=None)
@@ -66,11 +65,11 @@ class Forward:
                 shapes = batch_shapes(batch, self._mesh, 0)
                 lowered = self._jitted.lower(self._frozen, trained, dials, shapes)
                 self._compiled[key] = lowered.compile()
-                self.num_classes = lowered.out_info.shape[-1]
+                self.outputs = lowered.out_info
         self.compile_seconds += time.perf_counter() - began
 
-    def __call__(self, trained: Trained, dials: Dials, batch: Batch) -> Array:
-        """Logits, trials first."""
+    def __call__(self, trained: Trained, dials: Dials, batch: Batch) -> Any:
+        """The model's outputs, trials first."""
         self.compile(trained, dials, [batch])
         placed = place_batch(batch, self._mesh, 0)
         return self._compiled[_key(batch)](self._frozen, trained, dials, placed)

@@ -58,6 +58,33 @@ def cross_entropy(
     )
 
 
+def next_token(
+    scores: Mapping[str, Float[Array, "batch seq"]],
+    batch: Mapping[str, Array],
+    constants: Mapping[str, Array],
+) -> Sums:
+    """The cross-entropy of labels whose log-probabilities the model gives itself.
+
+    As `cross_entropy`, for outputs of `models.head.label_scores`: the logits of all
+    tokens need not exist at once.
+
+    Args:
+      scores: "picked", the log-probability of the label; "mean", that of all tokens on
+        average; "correct", whether the label is the likeliest.
+      batch: "weight" of the same shape. Places of weight zero are not looked at.
+      constants: "label_smoothing".
+    """
+    weight = batch["weight"].astype(jnp.float32)
+    smooth = constants["label_smoothing"]
+    told = lambda name: jnp.where(weight > 0, scores[name], 0).astype(jnp.float32)
+    loss = -((1 - smooth) * told("picked") + smooth * told("mean"))
+    return Sums(
+        jnp.sum(loss * weight),
+        jnp.sum(weight),
+        {"accuracy": jnp.sum(told("correct") * weight)},
+    )
+
+
 def squared_error(
     outputs: Float[Array, "rows targets"],
     batch: Mapping[str, Array],
