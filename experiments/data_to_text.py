@@ -104,7 +104,7 @@ def task_of(data: Data) -> AnswerTask:
 
 def say(
     base: Language, params: Any, talk: Talk, rows: Answers, plan: Plan
-) -> tuple[list[str], float]:
+) -> tuple[list[str], float | None]:
     """What the model answers, likeliest token by token; and tokens per second."""
     prompts = [talk.prompt_ids(question) for question in rows.questions]
     width = max(map(len, prompts))
@@ -136,7 +136,7 @@ def say(
             seconds += time.perf_counter() - began
             tokens += int(real[: len(own)].sum())
         said += [talk.text(found[row][real[row]]) for row in range(len(own))]
-    return said, tokens / seconds if seconds else float("nan")
+    return said, tokens / seconds if seconds else None
 
 
 def study(plan: Plan) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class Forward:
             num_trials = len(jax.tree.leaves(trained)[0])
             if num_trials == 1:
                 first = lambda tree: jax.tree.map(lambda x: x[0], tree)
-                return one(frozen, first(trained), first(dials), batch)[None]
+                alone = one(frozen, first(trained), first(dials), batch)
+                return jax.tree.map(lambda x: x[None], alone)
             entries = entries_of(batch, of_a_pack=False)
             at_once = side_by_side(entries, num_trials, most_entries(mesh))
             if at_once < num_trials:

@@ -4,7 +4,7 @@ The best state is chosen by one of these numbers, and halving compares trials by
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lowrank.core.errors import BadInput
 from lowrank.evaluate import tokens
@@ -16,6 +16,7 @@ from lowrank.run.forward import Batch, Forward
 Predict = Callable[[Batch], Any]
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Turns a pass over a split into numbers.
 
