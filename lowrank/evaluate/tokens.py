@@ -17,7 +17,7 @@ from lowrank.evaluate import stats
 #: One batch -> "picked" and "correct" of every place, trials first.
 Predict = Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
 #: Numbers of which the smallest is the best.
-LOWER_IS_BETTER = frozenset(("loss", "perplexity"))
+LOWER_IS_BETTER: frozenset[str] = frozenset(("loss", "perplexity"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,8 +64,8 @@ def rotate(
     """
     cos, sin = turned.astype(wide(x.dtype))
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    pair = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(pair, axis=-1).astype(x.dtype)
 
 
 def sees(

@@ -255,6 +255,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Array, "batch seq vocab"], Cache]:
         """Logits of tokens that follow what the cache holds, and it with these."""
         hidden, kept = self.decoder(**_inputs(batch, self.spec), cache=cache)
+        assert kept is not None
         return self.logits(hidden), kept
 
     def scores(self, batch: Mapping[str, Any]) -> dict[str, Float[Array, "batch seq"]]:
@@ -293,7 +294,7 @@ def counted(
     return positions.astype(jnp.int32)
 
 
-def _inputs(batch: Mapping[str, Any], shape: DecoderSpec) -> dict[str, Array]:
+def _inputs(batch: Mapping[str, Any], shape: DecoderSpec) -> dict[str, Any]:
     if missing := {"ids", "mask"} - set(batch):
         raise BadInput(
             f"a batch needs 'ids' and 'mask'; {sorted(missing)} missing from "

@@ -153,7 +153,7 @@ class Layer(_Part):
     ) -> tuple[Float[Array, "batch seq d_model"], tuple[Array, Array] | None]:
         bias, turned = (_chosen(local, *view) for view in views)
         common = (self.spec, self.dtype, self.precision)
-        own = None if past is None else (*past, length)
+        own = None if past is None or length is None else (*past, length)
         x, kept = Attention(*common, name="attention")(x, bias, turned, own)
         return FeedForward(*common, name="mlp")(x), kept
 

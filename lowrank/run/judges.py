@@ -44,7 +44,9 @@ class Judge(Protocol):
 class OfClasses:
     """The metrics of classification, from logits."""
 
-    lower_is_better = frozenset(m.name for m in STANDARD if not m.higher_is_better)
+    lower_is_better: frozenset[str] = frozenset(
+        m.name for m in STANDARD if not m.higher_is_better
+    )
 
     def check(self, field: str, name: str, validation: Sequence[Batch]) -> None:
         """See `Judge`."""
@@ -62,7 +64,7 @@ class OfClasses:
 class OfTokens:
     """Loss, perplexity and accuracy of tokens, from `models.head.label_scores`."""
 
-    lower_is_better = tokens.LOWER_IS_BETTER
+    lower_is_better: frozenset[str] = tokens.LOWER_IS_BETTER
 
     def check(self, field: str, name: str, validation: Sequence[Batch]) -> None:
         """See `Judge`."""
