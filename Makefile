@@ -37,7 +37,7 @@ demo: $(VENV)/.made
 # memory are decided before that; the other suites run what users run.
 test: $(VENV)/.made
 	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q --durations 25
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q --durations 25
 
 test-full: $(VENV)/.made
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m 'not parity and not faults and not foreign'

@@ -30,3 +30,11 @@ __all__ = [
 # Broadcasting across ranks is where adapter bugs hide; say it with einsum instead.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+#: Files of tests that train whole runs.
+_LONG = ("tests/run/", "tests/test_readme.py", "tests/sweeps/", "tests/train/")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: a worker that gets one last leaves the others idle."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
