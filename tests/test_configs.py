@@ -7,6 +7,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from experiments.data_to_text import Data, Plan
+from experiments.data_to_text import read as read_plan
 from experiments.ranks_protocol.settings import Protocol, Wanted
 from experiments.ranks_protocol.settings import read as read_protocol
 from lowrank.allocate.catalogue import CATALOGUE as RANKS
@@ -144,6 +146,13 @@ def test_the_file_of_sites_shows_every_field():
     assert {*config} == {"base", "plugins", *fields_of(Survey)}
     given = {name: config[name] for name in fields_of(Survey)}
     assert Survey(**given) == Survey()
+
+
+def test_the_file_of_data_to_text_shows_every_field():
+    config = composed("data_to_text")
+    assert {*config} == {*fields_of(Plan)}
+    assert {*config["data"]} == {*fields_of(Data)}
+    assert read_plan(config).base == "smollm2"
 
 
 @pytest.mark.parametrize("path", (CONF / "size").glob("*.yaml"), ids=lambda p: p.stem)

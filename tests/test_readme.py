@@ -50,7 +50,7 @@ def test_commands_compose(command):
     if "-m" in command[3:]:
         # The first trial of the sweep.
         overrides = [one.split(",")[0] for one in overrides]
-    own = ("evaluate", "ranks", "ranks_protocol", "report", "sites")
+    own = ("data_to_text", "evaluate", "ranks", "ranks_protocol", "report", "sites")
     name = door if door in own else "config"
     config = composed(name, *overrides)
     if door == "train":
