@@ -42,20 +42,20 @@ from lowrank.models.options import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of what a decoder has read.
+    """Keys and values of what a decoder has read: a tree of arrays, or of shapes.
 
     Attributes:
-      keys, values: Of every layer.
-      positions: Of every place, in its sequence.
-      real: Which places hold a token.
+      keys, values: Of every layer, (layers, batch, kv_heads, places, d_head).
+      positions: Of every place in its sequence, (batch, places).
+      real: Which places hold a token, (batch, places).
       length: Places that are taken, the same in every row.
     """
 
-    keys: Float[Array, "layers batch kv_heads places d_head"]
-    values: Float[Array, "layers batch kv_heads places d_head"]
-    positions: Int[Array, "batch places"]
-    real: Bool[Array, "batch places"]
-    length: Int[Array, ""]
+    keys: Any
+    values: Any
+    positions: Any
+    real: Any
+    length: Any
 
 
 def empty_cache(

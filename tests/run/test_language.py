@@ -110,7 +110,7 @@ def test_a_language_model_learns_its_answers_and_the_best_loss_is_kept(base):
         base, [0.02], [0], log=lambda at, rows: logged.append((at, dict(rows[0])))
     )
     losses = [row["train/loss"] for _, row in logged if "train/loss" in row]
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     validated = {at: row for at, row in logged if "validation/loss" in row}
     best = min(validated, key=lambda at: validated[at]["validation/loss"])
     assert int(fitted.state.best_step[0]) == best
