@@ -60,7 +60,7 @@ test-newest:
 	$(MAKE) test PYTHON=$(NEWEST) VENV=.venv-newest
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest -q -m parity tests/parity
+	$(BIN)/python -m pytest -n $(WORKERS) -q -m parity tests/parity
 
 # Models of other packages, adapted as they are.
 foreign: $(VENV)/.foreign

@@ -70,7 +70,7 @@ def sampling(
 
 def generate(
     read: Read,
-    prompts: Mapping[str, Array],
+    prompts: Mapping[str, Any],
     cache: Cache,
     *,
     steps: int,
@@ -95,7 +95,8 @@ def generate(
       Tokens, the ending one among them, and which of them are real.
     """
     key = jax.random.key(0) if key is None else key
-    mask = jnp.asarray(prompts["mask"])
+    prompts = {name: jnp.asarray(x) for name, x in prompts.items()}
+    mask = prompts["mask"]
     batch, seq = mask.shape
     if (places := cache.real.shape[1]) < seq + steps:
         raise BadInput(
