@@ -42,7 +42,7 @@ PLACES = {
     "checkpoint": "lowrank.io.checkpoints:start",
     "old checkpoint deleted": "lowrank.io.checkpoints:Checkpoints._prune",
     "metrics": "lowrank.track.jsonl:JsonlTracker._append",
-    "validation": "lowrank.run.fit:score_trials",
+    "validation": "lowrank.run.judges:score_trials",
     "judging": "lowrank.run.results:score_trials",
     "costs": "lowrank.run.results:Ledgers",
     "adapter": "lowrank.run.packs:ship",
