@@ -31,7 +31,6 @@ from lowrank.evaluate import texts
 from lowrank.evaluate.tokens import TokenSums, score_tokens
 from lowrank.io.adapter import collect
 from lowrank.io.files import write_json_atomically
-from lowrank.io.keymaps import stacked_path
 from lowrank.io.language import Language, load
 from lowrank.io.peft import write_adapter
 from lowrank.models.generation import generate
@@ -198,7 +197,7 @@ def study(plan: Plan) -> dict[str, Any]:
     after, (said_after, speed) = losses(merged), say(base, merged, talk, test, plan)
     write_adapter(
         plan.adapter,
-        collect(fitted.trained(), fitted.dials(), _modules(base)),
+        collect(fitted.trained(), fitted.dials(), base.family.module),
         base=plan.base,
         card=f"LoRA for {plan.base}, taught RNNLG's laptop meanings.\n",
         task_type="CAUSAL_LM",
@@ -233,14 +232,6 @@ def _judged(
         **sums.report(rows.groups),
         **texts.report(said, rows.answers, rows.groups),
     }
-
-
-def _modules(base: Language):
-    def name(path: str, layer: int | None) -> str:
-        stacked, own = stacked_path(path)
-        return base.family.module(stacked, own if layer is None else layer)
-
-    return name
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -152,7 +152,9 @@ class Family:
         name = row.tensor.format(layer=layer, expert=expert)
         return name if row.bare else (self.prefix if prefix is None else prefix) + name
 
-    def module(self, path: str, layer: int | None = None, prefix: str | None = None):
+    def module(
+        self, path: str, layer: int | None = None, prefix: str | None = None
+    ) -> str:
         """Their module that owns the weight at `path`; PEFT names its targets so."""
         return self.tensor(path, layer, prefix).rpartition(".")[0]
 

@@ -16,7 +16,6 @@ from lowrank.deltas.triplet import Triplet
 from lowrank.io.adapter import collect
 from lowrank.io.bert import BERT
 from lowrank.io.files import write_atomically
-from lowrank.io.keymaps import stacked_path
 from lowrank.io.peft import write_adapter
 from lowrank.run.prepare import Prepared
 from lowrank.run.ranks import final
@@ -97,7 +96,7 @@ def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) ->
     code = code.replace("{pooled}", _POOLS.get(pooling, ""))
     write_adapter(
         directory / "adapter",
-        collect(trained, dials, _module, rsqrt=rsqrt),
+        collect(trained, dials, BERT.module, rsqrt=rsqrt),
         base=settings.base.source,
         card=_CARD.format(
             name=settings.trial_id,
@@ -129,9 +128,3 @@ def _folded(trained: Trained) -> dict[str, Any]:
             wide = diagonal.reshape(*diagonal.shape, *[1] * (b.ndim - diagonal.ndim))
             found[path] = {"a": own["a"], "b": b * wide}
     return found
-
-
-def _module(path: str, layer: int | None) -> str:
-    """Their module for a path of ours, stacked or unrolled."""
-    stacked, own = stacked_path(path)
-    return BERT.module(stacked, own if layer is None else layer)

@@ -185,6 +185,12 @@ def test_rotated_scores_depend_on_distance_alone():
     np.testing.assert_allclose(score(0, 0), jnp.sum(q * k), atol=1e-6)
 
 
+def test_a_pair_is_turned_forward():
+    turned = angles(jnp.array([[1]], jnp.int32), np.array([0.3]), jnp.float32)
+    got = rotate(jnp.array([[[[1.0, 0.0]]]]), turned)
+    np.testing.assert_allclose(got[0, 0, 0], [np.cos(0.3), np.sin(0.3)], atol=1e-6)
+
+
 def test_scaled_frequencies():
     plain = frequencies(16, 1e4)
     np.testing.assert_allclose(plain, 1e4 ** -(np.arange(8) / 8))
