@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 
 import numpy as np
 import pandas as pd
@@ -157,7 +158,11 @@ def test_a_summary_run_holds_the_tables_in_the_group_of_the_sweep(sweep):
     found = {row[at["trial"]]: row[at["best.accuracy"]] for row in trials["data"]}
     done = sweep.trials.set_index("trial")["best.accuracy"]
     assert found == done.to_dict()
-    data = (run / "run-first-summary.wandb").read_bytes()
+    # W&B's own process writes the last of it after `finish` has returned.
+    file, deadline = run / "run-first-summary.wandb", time.monotonic() + 60
+    while b"summary" not in file.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    data = file.read_bytes()
     assert b"summary" in data
     assert b"first" in data
     assert len([*folder.glob("superseded-*")]) == 1
