@@ -17,33 +17,37 @@ def _embedding(name: str) -> Row:
     )
 
 
+_ROWS = (
+    _embedding("word"),
+    _embedding("position"),
+    _embedding("token_type"),
+    *norm("encoder/embeddings/norm", "embeddings.LayerNorm"),
+    *dense("encoder/layer/attention/query", f"{_LAYER}attention.self.query"),
+    *dense("encoder/layer/attention/key", f"{_LAYER}attention.self.key"),
+    *dense("encoder/layer/attention/value", f"{_LAYER}attention.self.value"),
+    *dense("encoder/layer/attention/output", f"{_LAYER}attention.output.dense"),
+    *norm("encoder/layer/attention/norm", f"{_LAYER}attention.output.LayerNorm"),
+    *dense("encoder/layer/mlp/up", f"{_LAYER}intermediate.dense"),
+    *dense("encoder/layer/mlp/down", f"{_LAYER}output.dense"),
+    *norm("encoder/layer/mlp/norm", f"{_LAYER}output.LayerNorm"),
+)
+_UNUSED = {
+    r"embeddings\.(position_ids|token_type_ids)": "a constant, not a weight",
+    r"pooler\..*": "this pooling has no pooler",
+    r"(classifier|qa_outputs)\..*": "another task's head; ours starts from zero",
+}
+
 #: BERT and MiniLM, as `BertForSequenceClassification` names them.
 BERT = Family(
     name="BERT",
     prefix="bert.",
     new_head=True,
     rows=(
-        _embedding("word"),
-        _embedding("position"),
-        _embedding("token_type"),
-        *norm("encoder/embeddings/norm", "embeddings.LayerNorm"),
-        *dense("encoder/layer/attention/query", f"{_LAYER}attention.self.query"),
-        *dense("encoder/layer/attention/key", f"{_LAYER}attention.self.key"),
-        *dense("encoder/layer/attention/value", f"{_LAYER}attention.self.value"),
-        *dense("encoder/layer/attention/output", f"{_LAYER}attention.output.dense"),
-        *norm("encoder/layer/attention/norm", f"{_LAYER}attention.output.LayerNorm"),
-        *dense("encoder/layer/mlp/up", f"{_LAYER}intermediate.dense"),
-        *dense("encoder/layer/mlp/down", f"{_LAYER}output.dense"),
-        *norm("encoder/layer/mlp/norm", f"{_LAYER}output.LayerNorm"),
+        *_ROWS,
         *dense("pooler", "pooler.dense"),
         *dense("head", "classifier", bare=True),
     ),
-    unused={
-        r"embeddings\.(position_ids|token_type_ids)": "a constant, not a weight",
-        r"pooler\..*": "this pooling has no pooler",
-        r"cls\..*": "the head of pretraining",
-        r"(classifier|qa_outputs)\..*": "another task's head; ours starts from zero",
-    },
+    unused={**_UNUSED, r"cls\..*": "the head of pretraining"},
     # TensorFlow's names, still found in the oldest conversions, google's own among
     # them.
     renamed=(
@@ -51,6 +55,23 @@ BERT = Family(
         (r"LayerNorm\.beta$", "LayerNorm.bias"),
     ),
 )
+
+#: RoBERTa, XLM-R and CamemBERT, which were pretrained without a pooler.
+ROBERTA = Family(
+    name="RoBERTa",
+    prefix="roberta.",
+    new_head=True,
+    rows=(*_ROWS, *dense("head", "classifier", bare=True)),
+    unused={**_UNUSED, r"lm_head\..*": "the head of pretraining"},
+)
+
+#: model_type of a config.json -> whose names its weights have.
+KINDS: Mapping[str, Family] = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+}
 
 #: config.json field -> field of `EncoderSpec`.
 _HANDLED = {
@@ -76,7 +97,6 @@ _ACTIVATIONS = {
 }
 #: Fields that this code is right for at one value only.
 _FIXED = {
-    "model_type": "bert",
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "is_encoder_decoder": False,
@@ -102,6 +122,22 @@ _IRRELEVANT = frozenset(
 )
 
 
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """Whose names the weights beside a config.json have.
+
+    Raises:
+      BadInput: Its model_type is missing, or none that is read here.
+    """
+    kind = str(config.get("model_type", ""))
+    if kind not in KINDS:
+        found = f"has model_type {kind!r}" if kind else "has no model_type"
+        raise BadInput(
+            f"{where} {found}; as an encoder this loader reads {', '.join(KINDS)}. Use "
+            "base=python:package.module:load for others"
+        )
+    return KINDS[kind]
+
+
 def spec_from_config(config: Mapping[str, Any], where: str) -> EncoderSpec:
     """The encoder's shape from a config.json.
 
@@ -109,7 +145,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> EncoderSpec:
       BadInput: A field is missing, has an unknown value, or is one whose meaning this
         code does not know: it might change what the model computes.
     """
-    known = {*_HANDLED, *_FIXED, *_IRRELEVANT}
+    known = {*_HANDLED, *_FIXED, *_IRRELEVANT, "model_type"}
     if unknown := sorted(set(config) - known):
         raise BadInput(
             f"{where} has fields of unknown meaning: {listed(unknown)}. They may "
@@ -122,8 +158,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> EncoderSpec:
                 f"{where}: {name} must be {only!r}, not {value!r}; this loader reads "
                 "BERT-family encoders only. Use base=python:package.module:load."
             )
-    if "model_type" not in config:
-        raise BadInput(f"{where} has no model_type; this loader needs 'bert'")
+    family = family_of(config, where)
     if missing := sorted(_REQUIRED - set(config)):
         raise BadInput(f"{where} lacks {', '.join(missing)}")
     fields = {ours: config[name] for name, ours in _HANDLED.items() if name in config}
@@ -133,6 +168,11 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> EncoderSpec:
             f"{named!r}"
         )
     fields["activation"] = _ACTIVATIONS[named]
+    if family is ROBERTA:
+        fields["positions"] = "tokens"
+        pad = fields.setdefault("pad_id", 1)
+        if type(pad) is int and type(fields["max_positions"]) is int:
+            fields["max_positions"] -= pad + 1
     try:
         check_fields(EncoderSpec, fields)
         return EncoderSpec(**fields)

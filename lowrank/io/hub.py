@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from lowrank.core.errors import BadInput
 from lowrank.core.trees import flatten
-from lowrank.io.bert import BERT, spec_from_config
+from lowrank.io.bert import family_of, spec_from_config
 from lowrank.io.safetensors import Tensors, read_json
 from lowrank.io.sources import locate
 from lowrank.models.encoder import Classifier, EncoderSpec
@@ -128,6 +128,13 @@ def _from_folder(
     options: Mapping[str, Any],
 ) -> Base:
     config = read_json(folder / "config.json")
+    family = family_of(config, str(folder / "config.json"))
+    pooled = any(row.path == "pooler/kernel" for row in family.rows)
+    if options["pooling"] == "pooler" and not pooled:
+        raise BadInput(
+            f"base {name!r} is of the {family.name} kind, which has no pooler that was "
+            "pretrained: set pooling to mean or cls"
+        )
     shape = spec_from_config(config, str(folder / "config.json"))
     tokenizer = read_tokenizer(folder / "tokenizer.json", shape.vocab_size)
     compute_dtype(options["dtype"])
@@ -136,7 +143,7 @@ def _from_folder(
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
     leaves, structure = flatten(shapes)
     with Tensors(folder) as tensors:
-        filled, fingerprint, ignored = BERT.from_hf(
+        filled, fingerprint, ignored = family.from_hf(
             tensors.shapes,
             tensors.read,
             shapes,

@@ -1,7 +1,8 @@
 """A BERT-family encoder and the classifier on top of it.
 
-Post-LayerNorm Transformer encoder with learned positions: BERT, MiniLM.
-Source: Devlin et al., 2018, https://arxiv.org/abs/1810.04805
+Post-LayerNorm Transformer encoder with learned positions: BERT, MiniLM, RoBERTa.
+Sources: Devlin et al., 2018, https://arxiv.org/abs/1810.04805; Liu et al., 2019,
+https://arxiv.org/abs/1907.11692
 
 Paths of its weights, with layers scanned (one stacked leaf) or unrolled:
 
@@ -41,6 +42,7 @@ from lowrank.models.options import (
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Pooling = Literal["mean", "cls", "pooler"]
+Positions = Literal["places", "tokens"]
 
 
 @spec
@@ -58,6 +60,9 @@ class EncoderSpec:
       activation: Of the feed-forward part; "gelu" is the exact one.
       norm_eps: Added to the variance in LayerNorm.
       pad_id: The token id that fills short rows.
+      positions: What is counted: the "places" of a row, from 0; or its "tokens" that
+        are no padding, from pad_id + 1, while padding has position pad_id (RoBERTa,
+        whose table so has pad_id + 1 rows more than sequences have positions).
       init_stddev: Of the normal distribution that fresh weights are drawn from.
     """
 
@@ -71,6 +76,7 @@ class EncoderSpec:
     activation: Activation = "gelu"
     norm_eps: float = 1e-12
     pad_id: int = 0
+    positions: Positions = "places"
     init_stddev: float = 0.02
 
     def __post_init__(self) -> None:
@@ -94,6 +100,7 @@ class EncoderSpec:
                 f"EncoderSpec.num_heads must divide d_model: {self.d_model} is not a "
                 f"multiple of {self.num_heads}"
             )
+        check_choice("positions", self.positions, Positions)
         if not 0 <= self.pad_id < self.vocab_size:
             raise BadInput(
                 f"EncoderSpec.pad_id must be a row of the vocabulary, 0 to "
@@ -129,7 +136,12 @@ class Embeddings(nn.Module):
             return table(index)
 
         x = rows("word", shape.vocab_size, ids)
-        x += rows("position", shape.max_positions, jnp.arange(ids.shape[1])[None])
+        if shape.positions == "tokens":
+            real = (ids != shape.pad_id).astype(jnp.int32)
+            positions = jnp.cumsum(real, axis=1) * real + shape.pad_id
+            x += rows("position", shape.max_positions + shape.pad_id + 1, positions)
+        else:
+            x += rows("position", shape.max_positions, jnp.arange(ids.shape[1])[None])
         x += rows("token_type", shape.num_token_types, type_ids)
         return LayerNorm(shape.norm_eps, self.dtype, name="norm")(x)
 

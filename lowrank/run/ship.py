@@ -1,5 +1,6 @@
 """What a run hands over: its trained tree, and the adapter in PEFT's layout."""
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from lowrank.deltas.base import Delta
 from lowrank.deltas.lora import LoRA
 from lowrank.deltas.triplet import Triplet
 from lowrank.io.adapter import collect
-from lowrank.io.bert import BERT
+from lowrank.io.bert import family_of
 from lowrank.io.files import write_atomically
 from lowrank.io.peft import write_adapter
 from lowrank.run.prepare import Prepared
@@ -90,13 +91,16 @@ def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) ->
     if isinstance(recipe, Triplet):
         trained = _folded(trained)
     assert isinstance(recipe, LoRA | Triplet)
+    family = family_of(base.hf_config or {}, base.name)
+    # The card's module calls any encoder so, and BERT's own are called so.
+    module = functools.partial(family.module, prefix="bert.")
     classes = len(prepared.task.classes)
     pooling = settings.base.pooling
     code = _POOLER if pooling == "pooler" else _POOLED
     code = code.replace("{pooled}", _POOLS.get(pooling, ""))
     write_adapter(
         directory / "adapter",
-        collect(trained, dials, BERT.module, rsqrt=rsqrt),
+        collect(trained, dials, module, rsqrt=rsqrt),
         base=settings.base.source,
         card=_CARD.format(
             name=settings.trial_id,

@@ -233,7 +233,7 @@ def test_the_fingerprint_is_that_of_the_pretrained_weights_alone(
     [
         ({"rope_theta": 1e4}, "rope_theta"),
         ({"quantization_config": {}}, "quantization_config"),
-        ({"model_type": "roberta"}, "model_type"),
+        ({"model_type": "deberta"}, "model_type"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"is_decoder": True}, "is_decoder"),
         ({"hidden_act": "silu"}, "hidden_act"),

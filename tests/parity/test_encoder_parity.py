@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
+from lowrank.core.errors import BadInput
 from lowrank.io.bert import BERT
 from lowrank.io.hub import load
 from lowrank.models.encoder import Classifier
@@ -71,6 +78,33 @@ def test_hidden_states_of_a_random_bert(tmp_path, activation, scan):
     assert np.std(want) > 0.3
     got = hidden(base, batch, scan=scan)
     np.testing.assert_allclose(got[batch["mask"]], want[batch["mask"]], atol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_hidden_states_of_a_random_roberta(tmp_path, side, scan):
+    """Positions count tokens that are no padding, from pad_token_id + 1."""
+    torch.manual_seed(2)
+    config = RobertaConfig(**TINY, pad_token_id=1, type_vocab_size=1)
+    save(RobertaModel(config), tmp_path)
+    model = RobertaModel.from_pretrained(tmp_path).eval()
+    batch = batch_of(TINY["vocab_size"])
+    batch["ids"] = np.where(batch["mask"], np.maximum(batch["ids"], 2), 1)
+    if side == "left":
+        batch = {name: np.ascontiguousarray(x[:, ::-1]) for name, x in batch.items()}
+    base = load(str(tmp_path), num_classes=2, scan=scan)
+    assert base.spec.max_positions == base.max_length == 38
+    want = theirs(model, batch).last_hidden_state.numpy()
+    got = hidden(base, batch, scan=scan)
+    np.testing.assert_allclose(got[batch["mask"]], want[batch["mask"]], atol=1e-4)
+    # To the last position that there is, and no further.
+    full = {"ids": np.full((1, 38), 5, np.int32), "mask": np.ones((1, 38), bool)}
+    want = theirs(model, full).last_hidden_state.numpy()
+    np.testing.assert_allclose(hidden(base, full, scan=scan), want, atol=1e-4)
+    with pytest.raises(BadInput, match="knows 38 positions"):
+        hidden(base, {n: np.tile(x, 2) for n, x in full.items()}, scan=scan)
+    with pytest.raises(BadInput, match="RoBERTa kind, which has no pooler"):
+        load(str(tmp_path), num_classes=2, pooling="pooler")
 
 
 def test_logits_of_a_random_sequence_classifier(tmp_path):
