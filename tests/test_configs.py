@@ -11,14 +11,15 @@ from experiments.data_to_text import Data, Plan
 from experiments.data_to_text import read as read_plan
 from experiments.ranks_protocol.settings import Protocol, Wanted
 from experiments.ranks_protocol.settings import read as read_protocol
+from lowrank.allocate.adaptive import Adaptive
 from lowrank.allocate.catalogue import CATALOGUE as RANKS
-from lowrank.allocate.recipes import Adaptive
 from lowrank.core.spec import fields_of
 from lowrank.data.buckets import Batching
 from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.deltas.catalogue import CATALOGUE as DELTAS
 from lowrank.run import judge
 from lowrank.run.door import CONF, resolve
+from lowrank.run.profile import Profile
 from lowrank.run.ranks_group import Ranks, chosen, filled
 from lowrank.run.settings import BaseSpec, Evaluation, RunSpec, read
 from lowrank.run.survey import Survey
@@ -36,6 +37,7 @@ GROUPS = {
     "evaluate": Evaluation,
     "mesh": MeshSpec,
     "penalty": Penalties,
+    "profile": Profile,
     "sweep": SweepSpec,
     "track": Track,
 }
@@ -194,6 +196,15 @@ def test_a_run_of_the_usual_ranks_is_called_as_before_there_were_others():
     assert read(composed("config", "ranks=norm")).trial_id != trial
     short = {**config, "ranks": {"name": "norm"}}
     assert read(short).trial_id != trial
+
+
+def test_importance_in_its_own_basis_names_trials_as_before():
+    config = composed("config", "ranks=norm")
+    before = {**config, "ranks": {**config["ranks"]}}
+    assert before["ranks"].pop("basis") == "own"
+    assert read(before).trial_id == read(config).trial_id
+    singular = composed("config", "ranks=norm", "ranks.basis=singular")
+    assert read(singular).trial_id != read(config).trial_id
 
 
 def test_defaults_in_files_are_the_defaults_in_code():

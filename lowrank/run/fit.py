@@ -18,8 +18,8 @@ import numpy as np
 from rich.progress import Progress
 
 from lowrank.adapt.attach import Adapted
+from lowrank.allocate.adaptive import Allocator
 from lowrank.allocate.fixed import Uniform
-from lowrank.allocate.recipes import Allocator
 from lowrank.allocate.slots import Slots
 from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.core.errors import BadInput
@@ -132,6 +132,7 @@ def fit(
     inputs: Callable[[Mapping[str, Any]], Any] = inputs_of,
     progress: bool = True,
     alive: Callable[[str], None] = lambda doing: None,
+    watch: Callable[[Pack], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> Fit:
     """Trains one pack: a trial per seed, sharing the compiled step and the base.
 
@@ -164,6 +165,7 @@ def fit(
       inputs: Picks the model's input from a batch.
       progress: A progress bar, where there is a terminal.
       alive: Told what begins; see `train.watchdog.Watchdog.alive`.
+      watch: Stands around the compiled steps while they run; see `run.profile.watched`.
 
     Returns:
       The trained pack.
@@ -255,7 +257,8 @@ def fit(
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        with _progress(progress) as report, _closing(storage):
+        around = contextlib.nullcontext(pack) if watch is None else watch(pack)
+        with _progress(progress) as report, _closing(storage), around as steps:
             events = Events(
                 log=log or (lambda position, rows: None),
                 save=storage.save if storage else (lambda *a: None),
@@ -267,7 +270,7 @@ def fit(
                 alive=alive,
             )
             runner = Loop(
-                pack, batches, events, loop, non_finite, batches.steps_per_epoch
+                steps, batches, events, loop, non_finite, batches.steps_per_epoch
             )
             state, memory = runner.run(state, memory, until)
             alive("last checkpoint")

@@ -35,6 +35,7 @@ from lowrank.run.fit import Fit, fit
 from lowrank.run.forward import Batch
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
 from lowrank.run.preview import lowered
+from lowrank.run.profile import Profile, watched
 from lowrank.run.ranks import moves, over_time
 from lowrank.run.results import Results, flat_numbers
 from lowrank.run.settings import Settings
@@ -200,6 +201,7 @@ def check_pack(prepared: PreparedPack) -> list[Batch] | None:
         first.settings.mesh.build(),
         first.settings.loop,
     )
+    first.settings.profile.check(prepared.batches.num_steps)
     return validation
 
 
@@ -260,6 +262,7 @@ def _train(
             storage=storage,
             progress=settings[0].run.progress,
             alive=watchdog.alive,
+            watch=_profiled(settings[0].profile, records[0].directory),
         )
     except NonFinite as error:
         if len(trials) == 1:
@@ -288,6 +291,13 @@ def _train(
                 raise
             outcomes.append(_failed(record, error))
     return outcomes
+
+
+def _profiled(profile: Profile, directory: Path):
+    """What `fit` is to be watched by; the first trial's directory has the table."""
+    if not profile.steps:
+        return None
+    return lambda pack: watched(pack, profile, directory)
 
 
 def _finish(

@@ -23,6 +23,7 @@ from lowrank.core.spec import (
 from lowrank.data.buckets import Batching
 from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.deltas.catalogue import CATALOGUE as DELTAS
+from lowrank.run.profile import Profile
 from lowrank.run.ranks_group import Ranks, chosen, filled
 from lowrank.run.sweep import Halving, SweepSpec
 from lowrank.sharding import MeshSpec
@@ -47,7 +48,7 @@ SCIENTIFIC = (
     "evaluate",
     "seed",
 )
-ASIDE = ("mesh", "track", "run", "plugins", "sweep")
+ASIDE = ("mesh", "track", "run", "plugins", "sweep", "profile")
 #: Fields of scientific groups that change no result: a rehearsal that was stopped on
 #: purpose is continued by the same command without the stop.
 #: Ranks count, not where they were taken from.
@@ -147,6 +148,7 @@ class Settings:
     evaluate: Evaluation
     mesh: MeshSpec
     track: Track
+    profile: Profile
     run: RunSpec
     sweep: SweepSpec
     seed: int
@@ -201,6 +203,7 @@ def read(config: Mapping[str, Any]) -> Settings:
         evaluate=plain(Evaluation, config.get("evaluate"), "evaluate"),
         mesh=plain(MeshSpec, config.get("mesh"), "mesh"),
         track=plain(Track, config.get("track"), "track"),
+        profile=plain(Profile, config.get("profile"), "profile"),
         run=plain(RunSpec, config.get("run"), "run"),
         sweep=_sweep(config.get("sweep")),
         seed=seed,
@@ -325,6 +328,9 @@ def _told(name: str, group: Any) -> Any:
         for later in ("bounds", "tied"):
             if told.get(later) is None:
                 told.pop(later, None)
+        if told.get("basis") == "own":
+            # Named as it was before there was another.
+            del told["basis"]
         if "bounds" in told:
             # Their order decides, as it does of `delta.ranks`.
             told["bounds"] = [list(pair) for pair in told["bounds"].items()]
