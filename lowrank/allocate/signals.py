@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from lowrank.allocate import decompose
 from lowrank.deltas.contraction import contract
 from lowrank.deltas.thin import Terms
 
@@ -93,22 +94,39 @@ def energies(
 def core(terms: Terms) -> tuple[Array, Array, Array]:
     """Q_a, Q_b and the small matrix M with sum_r c_r a_r b_r = Q_a M Q_b^T, per layer.
 
-    Of A^T = Q_a R_a and (C B)^T = Q_b R_b follows M = R_a R_b^T, at most max_rank wide.
+    Of A^T = Q_a R_a and (C B)^T = Q_b R_b follows M = R_a R_b^T, max_rank wide.
     Through QR and not through Gram matrices, which would square the condition and lose
     half of the digits of small singular values.
     """
     across = lambda x: lax.transpose(x, (0, 2, 1))
-    q_a, r_a = jnp.linalg.qr(across(terms.a))
-    q_b, r_b = jnp.linalg.qr(across(terms.c[..., None] * terms.b))
+    q_a, r_a = decompose.qr(across(terms.a))
+    q_b, r_b = decompose.qr(across(terms.c[..., None] * terms.b))
     precision = lax.Precision.HIGHEST
     return q_a, q_b, contract("lir", "ljr", "lij", r_a, r_b, r_a.dtype, precision)
 
 
-def spectrum(terms: Terms) -> Float[Array, "layers max_rank"]:
-    """Singular values of every layer's correction, falling, filled up with zeros."""
-    values = jnp.linalg.svd(core(terms)[2], compute_uv=False)
-    missing = terms.c.shape[-1] - values.shape[-1]
-    return jnp.pad(values, ((0, 0), (0, missing)))
+def spectra(
+    sites: Mapping[str, Terms],
+) -> dict[str, Float[Array, "layers max_rank"]]:
+    """Singular values of every layer's correction, falling, filled up with zeros.
+
+    As from `core`, but of all sites together.
+    """
+    across = lambda x: lax.transpose(x, (0, 2, 1))
+    thin = [across(x) for t in sites.values() for x in (t.a, t.c[..., None] * t.b)]
+    found = decompose.together(lambda x: decompose.qr(x)[1], thin)
+    exact = lax.Precision.HIGHEST
+    widest = max((r.shape[-1] for r in found), default=0)
+    middle = []
+    for r_a, r_b in zip(found[::2], found[1::2], strict=True):
+        m = contract("lir", "ljr", "lij", r_a, r_b, r_a.dtype, exact)
+        missing = (0, widest - m.shape[-1])
+        middle.append(jnp.pad(m, ((0, 0), missing, missing)))
+    values = decompose.together(lambda m: decompose.svd(m).values, middle)
+    return {
+        path: value[:, : terms.c.shape[-1]]
+        for (path, terms), value in zip(sites.items(), values, strict=True)
+    }
 
 
 def stable_rank(values: Float[Array, "*layers max_rank"]) -> Float[Array, "*layers"]:

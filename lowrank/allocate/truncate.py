@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lowrank.allocate import ranking, selectors
+from lowrank.allocate import decompose, ranking, selectors
 from lowrank.allocate.signals import core
 from lowrank.allocate.slots import Slots, Unit
 from lowrank.core.errors import BadInput
@@ -49,14 +49,12 @@ def split(terms: Terms, scale: Array | float = 1.0) -> Split:
         component.
     """
     q_a, q_b, middle = core(terms)
-    u, values, v = jnp.linalg.svd(middle, full_matrices=False)
+    u, values, v = decompose.svd(middle)
     root = jnp.sqrt(values / scale)
     exact = lax.Precision.HIGHEST
     a = contract("lis", "lsr", "lri", q_a, u * root[:, None, :], q_a.dtype, exact)
     b = contract("lis", "lrs", "lri", q_b, v * root[..., None], q_b.dtype, exact)
-    missing = terms.c.shape[-1] - values.shape[-1]
-    widen = lambda x: jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
-    return Split(jnp.pad(values, ((0, 0), (0, missing))), widen(a), widen(b))
+    return Split(values, a, b)
 
 
 def written(

@@ -29,7 +29,7 @@ from lowrank.allocate.selectors import GAINING
 from lowrank.allocate.slots import Slots
 from lowrank.core.arrays import Dials, Frozen, Key, Roles, Trained
 from lowrank.core.errors import NonFinite
-from lowrank.deltas.thin import Thin
+from lowrank.deltas.thin import Terms, Thin
 from lowrank.train import aging
 from lowrank.train.probes import OF_EXAMPLES, OF_PASS
 from lowrank.train.state import TrainState
@@ -285,20 +285,22 @@ class RankEvents:
         if "gradients" in needs:
             found["gradients"] = {p: seen["gradients"][p] for p in slots.paths}
         found |= {name: slots.flat(seen[name]) for name in needs & OF_EXAMPLES}
-        of_size: dict[str, Callable[..., Array]] = {
-            "norms": lambda path, terms: signals.norms(terms),
-            "spectrum": lambda path, terms: signals.spectrum(terms),
-            "activations": lambda path, terms: signals.energies(
-                terms, _by_layer(seen["activations"][path])
-            ),
+        of_size: dict[str, Callable[[Mapping[str, Terms]], Mapping[str, Array]]] = {
+            "norms": lambda sites: {p: signals.norms(t) for p, t in sites.items()},
+            "spectrum": signals.spectra,
+            "activations": lambda sites: {
+                p: signals.energies(t, _by_layer(seen["activations"][p]))
+                for p, t in sites.items()
+            },
         }
         for name in of_size.keys() & needs:
-            parts = {}
-            for path, thin in self.thin.items():
-                terms = thin.terms(trained[path], dials[path])
-                shape = dials[path]["gate"].shape
-                parts[path] = of_size[name](path, terms).reshape(shape)
-            found[name] = slots.flat(parts)
+            sites = {
+                p: thin.terms(trained[p], dials[p]) for p, thin in self.thin.items()
+            }
+            parts = of_size[name](sites).items()
+            found[name] = slots.flat(
+                {p: x.reshape(dials[p]["gate"].shape) for p, x in parts}
+            )
         if self.gauge is not None:
             measured = self.gauge(frozen, trained, dials, constants, batch)
             found |= {n: slots.flat(x) for n, x in measured.items() if n in needs}

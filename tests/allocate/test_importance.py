@@ -227,7 +227,7 @@ def test_norms_are_those_of_the_rank_one_terms():
 @pytest.mark.parametrize(("d_in", "d_out"), [(5, 7), (7, 3), (2, 3), (4, 4), (1, 9)])
 def test_spectra_are_those_of_the_dense_correction(d_in, d_out):
     t = terms(np.random.default_rng(4), d_in=d_in, d_out=d_out)
-    found = jax.jit(signals.spectrum)(t)
+    found = jax.jit(signals.spectra)({"w": t})["w"]
     expected = np.linalg.svd(dense(t), compute_uv=False)
     full = np.zeros((3, 4))
     width = min(4, expected.shape[1])
@@ -254,6 +254,26 @@ def test_flat_spectra_have_full_rank_and_none_has_zero():
     flat = jnp.array([[2.0, 2, 2, 0], [3, 0, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_allclose(signals.stable_rank(flat), [3, 1, 0], rtol=1e-5)
     np.testing.assert_allclose(signals.effective_rank(flat), [3, 1, 0], rtol=1e-5)
+
+
+def test_spectra_of_sites_of_all_shapes_are_those_of_each_alone():
+    rng, sites = np.random.default_rng(8), {}
+    for path, (layers, rank, d_in, d_out) in {
+        "a": (2, 3, 6, 4), "b": (1, 5, 6, 9), "c": (3, 3, 6, 4), "d": (2, 4, 2, 9),
+    }.items():  # fmt: skip
+        draw = lambda *shape, own=(layers, rank): jnp.asarray(
+            rng.normal(size=(*own, *shape)), jnp.float32
+        )
+        sites[path] = Terms(a=draw(d_in), b=draw(d_out), c=draw())
+    for path, values in jax.jit(signals.spectra)(sites).items():
+        terms = sites[path]
+        dense = np.einsum("lr,lri,lro->lio", *(np.asarray(x, np.float64)
+                          for x in (terms.c, terms.a, terms.b)))  # fmt: skip
+        rank = terms.c.shape[-1]
+        expected = np.linalg.svd(dense, compute_uv=False)[:, :rank]
+        missing = ((0, 0), (0, rank - expected.shape[1]))
+        np.testing.assert_allclose(values, np.pad(expected, missing), atol=1e-5)
+    assert signals.spectra({}) == {}
 
 
 def test_effective_rank_is_shared_out_by_norms():
