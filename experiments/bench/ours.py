@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from experiments.bench.setting import Setting, draw_batch, draw_start
 from lowrank.adapt.attach import Adapted, attach
 from lowrank.adapt.rules import AnyRule, Rule, Train
+from lowrank.allocate.adaptive import Allocator
 from lowrank.allocate.fixed import Uniform
-from lowrank.allocate.recipes import Allocator
 from lowrank.core.arrays import Trained
 from lowrank.core.trees import count, flatten
 from lowrank.cost.count import Product, jaxpr_flops, jaxpr_products

@@ -4,8 +4,9 @@
     oracle       the teacher's ranks: the most that an allocation can do
     fisher       gate-Fisher             } the best components of all layers, in one
     sensitivity  AdaLoRA's importance    } window and on one cubic schedule, with gates
-    norm         component norm          } that shut for good
+    norm         component norm          } that shut for good; in the singular basis
     activation   its output's energy     }
+    fisher-own, sensitivity-own: the same by components as training leaves them
     random       the same at random: what pruning does alone
     retrain      the final ranks of fisher from the start: which ranks, without pruning
     shuffled     these ranks on the wrong layers
@@ -23,14 +24,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.ranks_protocol.settings import Protocol
+from lowrank.allocate.adaptive import Adaptive, Allocator
 from lowrank.allocate.fixed import Given, Ramp, Shuffled, Uniform
-from lowrank.allocate.recipes import Adaptive, Allocator
 from lowrank.allocate.slots import Slots, Unit
 from lowrank.core.errors import BadInput, UnknownName, nearest
 
 BASELINE, ORACLE = "uniform", "oracle"
 #: Arms that choose by looking at what training tells them.
-METHODS = ("fisher", "sensitivity", "norm", "activation")
+METHODS = (
+    "fisher", "sensitivity", "norm", "activation", "fisher-own", "sensitivity-own"
+)  # fmt: skip
 #: Those that the wanted outcomes are about.
 CLAIMED = ("fisher", "sensitivity")
 #: Those that look at nothing.
@@ -82,6 +85,10 @@ def _by(**fields: Any) -> Callable[[Place, Protocol], Adaptive]:
     return make
 
 
+#: Its importance, as its recipe measures and smooths it.
+_ADALORA = {"importance": "sensitivity", "measure_every": 1, "decay": 0.85}
+
+
 def _average(place: Place, protocol: Protocol) -> Uniform:
     pruned = _by(importance="random")(place, protocol).on(place.slots, protocol.steps)
     budget = math.ceil(pruned.average_forward_budget())
@@ -91,10 +98,12 @@ def _average(place: Place, protocol: Protocol) -> Uniform:
 ARMS: Mapping[str, Arm] = {
     "uniform": Arm(lambda p, _: Uniform(budget=p.budget, unit=p.unit)),
     "oracle": Arm(lambda p, _: Given(ranks=_told(p.truth)), knows=True),
-    "fisher": Arm(_by(importance="fisher")),
-    "sensitivity": Arm(_by(importance="sensitivity", measure_every=1, decay=0.85)),
-    "norm": Arm(_by(importance="norm")),
-    "activation": Arm(_by(importance="activation")),
+    "fisher": Arm(_by(importance="fisher", basis="singular")),
+    "sensitivity": Arm(_by(basis="singular", **_ADALORA)),
+    "norm": Arm(_by(importance="norm", basis="singular")),
+    "activation": Arm(_by(importance="activation", basis="singular")),
+    "fisher-own": Arm(_by(importance="fisher")),
+    "sensitivity-own": Arm(_by(**_ADALORA)),
     "random": Arm(_by(importance="random")),
     "retrain": Arm(lambda p, _: Given(ranks=_told(p.found)), needs="fisher"),
     "shuffled": Arm(
@@ -131,7 +140,8 @@ def program(allocator: Allocator) -> tuple[str, ...]:
     unit = getattr(allocator, "unit", "components")
     if not isinstance(allocator, Adaptive):
         return ("still", unit)
-    return (allocator.importance, str(allocator.measure_every), unit)
+    importance = f"{allocator.importance} {allocator.basis}"
+    return (importance, str(allocator.measure_every), unit)
 
 
 def _told(ranks: Mapping[str, int] | None) -> Mapping[str, int]:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from scipy import stats
 
 from lowrank.adapt.attach import Adapted
-from lowrank.allocate.recipes import Adaptive, Allocator
+from lowrank.allocate.adaptive import Adaptive, Allocator
 from lowrank.allocate.slots import Slots, Unit
 from lowrank.cost.count import lora_flops
 from lowrank.run.fit import Fit

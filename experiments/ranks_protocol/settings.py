@@ -70,7 +70,7 @@ class Protocol:
       bases: Frozen networks that the seeds are dealt to in turn.
       steps, batch_size: Of every training.
       rows, noise, test_rows: Of the synthetic tasks.
-      begin, end, every: When ranks move, as in `allocate.recipes.Adaptive`.
+      begin, end, every: When ranks move, as in `allocate.adaptive.Adaptive`.
       wanted: What is to be shown.
       level: Of intervals and tests.
       records: Folder of the finished trainings, for the same command to continue.

@@ -32,8 +32,8 @@ from experiments.ranks_protocol.training import (
     slots_for,
     train,
 )
+from lowrank.allocate.adaptive import Allocator
 from lowrank.allocate.fixed import Shuffled
-from lowrank.allocate.recipes import Allocator
 from lowrank.core.errors import BadInput, Corrupt, NonFinite
 from lowrank.core.spec import digest
 from lowrank.io.files import (

@@ -9,7 +9,7 @@ from typing import Any
 from experiments.ranks_protocol import measures
 from experiments.ranks_protocol.settings import Protocol
 from experiments.ranks_protocol.tasks import Task
-from lowrank.allocate.recipes import Allocator
+from lowrank.allocate.adaptive import Allocator
 from lowrank.core.errors import NonFinite
 from lowrank.run.fit import Fit, fit
 from lowrank.run.ranks import final, slots_of

@@ -36,10 +36,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lowrank.allocate import ranking, schedules
-from lowrank.allocate.importance import IMPORTANCES, Constants, Memory, Signals
+from lowrank.allocate.importance import Constants, Importance, Memory, Signals
 from lowrank.allocate.normalisers import NORMALISERS
 from lowrank.allocate.schedules import at
 from lowrank.allocate.selectors import Contest, select
+from lowrank.allocate.singular import Singular, importance_of
 from lowrank.allocate.slots import Slots, Unit
 from lowrank.core.arrays import Key
 from lowrank.core.errors import BadInput
@@ -54,6 +55,7 @@ class Program:
 
     Attributes:
       importance: A name in `IMPORTANCES`; None if ranks never move.
+      basis: In which it is taken: "own" or "singular", see `singular.Singular`.
       normaliser, selector: Names in their tables.
       unit: What budgets count.
       revivable: Whether losers keep their gates until the last event.
@@ -63,12 +65,20 @@ class Program:
     """
 
     importance: str | None = None
+    basis: str = "own"
     normaliser: str = "none"
     selector: str = "top"
     unit: Unit = "components"
     revivable: bool = False
     squeezed: bool = False
     measure_every: int = 0
+
+    @property
+    def judges(self) -> Importance | None:
+        """What components are ranked by; None if ranks never move."""
+        if self.importance is None:
+            return None
+        return importance_of(self.importance, self.basis)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,8 +98,8 @@ class Allocation:
     @property
     def needs(self) -> frozenset[str]:
         """Names of the signals to measure."""
-        name = self.program.importance
-        return frozenset() if name is None else IMPORTANCES[name].signals
+        importance = self.program.judges
+        return frozenset() if importance is None else importance.signals
 
     @property
     def measure_every(self) -> int:
@@ -104,11 +114,13 @@ class Allocation:
           where: Of what: a delta, a pack, a model.
         """
         if missing := sorted(self.needs - {*available}):
+            singular = self.program.basis == "singular" and {*missing} <= Singular.READS
+            remedy = "ranks.basis=own" if singular else "ranks.importance to another"
             raise BadInput(
-                f"importance {self.program.importance!r} needs the signal "
-                f"{missing[0]!r}, which cannot be measured for {where}; it offers "
-                f"{', '.join(sorted(available)) or 'none'}. Set ranks.importance to "
-                "one that needs no other"
+                f"importance {self.program.importance!r} in the {self.program.basis} "
+                f"basis needs the signal {missing[0]!r}, which cannot be measured for "
+                f"{where}; it offers {', '.join(sorted(available)) or 'none'}. Set "
+                f"{remedy}"
             )
 
     def init(self, factors: Mapping[str, Any] | None = None) -> Memory:
@@ -117,8 +129,8 @@ class Allocation:
         Args:
           factors: The trained tree or its shapes, for importances that look at it.
         """
-        name = self.program.importance
-        own = {} if name is None else IMPORTANCES[name].init(self.slots, factors)
+        importance = self.program.judges
+        own = {} if importance is None else importance.init(self.slots, factors)
         return {
             "importance": own,
             # The winners of the last event, which in revivable mode are not the gates.
@@ -162,12 +174,11 @@ class Allocation:
           BadInput: A signal that is needed is not among those given.
         """
         del step
-        if self.program.importance is None:
+        importance = self.program.judges
+        if importance is None:
             return memory
         self.check_available(signals, "this step")
-        own = IMPORTANCES[self.program.importance].observe(
-            self.slots, memory["importance"], signals, constants
-        )
+        own = importance.observe(self.slots, memory["importance"], signals, constants)
         return {**memory, "importance": own}
 
     def event(
@@ -190,10 +201,10 @@ class Allocation:
           The new gates and the new memory.
         """
         program, slots = self.program, self.slots
-        if program.importance is None:
+        importance = program.judges
+        if importance is None:
             return gates, memory
         constants = jax.tree.map(jnp.asarray, dict(constants))
-        importance = IMPORTANCES[program.importance]
         own, is_open = memory["importance"], gates != 0
         values = importance.values(
             slots, own, gates, constants, jax.random.fold_in(key, jnp.asarray(step))

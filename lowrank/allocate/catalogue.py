@@ -1,11 +1,10 @@
 """The allocators a config may name. A new one is one class and one line here."""
 
+from lowrank.allocate.adaptive import Adaptive, Allocator
 from lowrank.allocate.fixed import Given, Ramp, Shuffled, Uniform
 from lowrank.allocate.recipes import (
     EVA,
     AdaLoRA,
-    Adaptive,
-    Allocator,
     EffectiveRank,
     Fisher,
     Growth,

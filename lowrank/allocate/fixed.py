@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from lowrank.allocate import dealing
+from lowrank.allocate.adaptive import Allocator
 from lowrank.allocate.allocation import Allocation, Program
-from lowrank.allocate.recipes import Allocator
 from lowrank.allocate.slots import Slots, Unit
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec

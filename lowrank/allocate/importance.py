@@ -33,10 +33,13 @@ class Importance(abc.ABC):
     Attributes:
       signals: Names in `signals.SIGNALS` that `observe` reads.
       memory: What is remembered per trial, in words.
+      degree: How it grows with a component: like its norm (1), like the square of that
+        (2), or not in such a way (None).
     """
 
     signals: frozenset[str]
     memory: str
+    degree: int | None = None
 
     @abc.abstractmethod
     def init(self, slots: Slots, factors: Mapping[str, Any] | None) -> Memory:
@@ -94,6 +97,7 @@ class Sensitivity(Importance):
     """
 
     signals = frozenset({"factors", "gradients"})
+    degree = 2
     memory = "two numbers per entry of the factors, one per component"
 
     def init(self, slots: Slots, factors: Mapping[str, Any] | None) -> Memory:
@@ -175,8 +179,9 @@ class OfOneSignal(Importance):
       signal: Name of the signal.
     """
 
-    def __init__(self, signal: str):
+    def __init__(self, signal: str, degree: int | None = None):
         self.signal = signal
+        self.degree = degree
         self.signals = frozenset({signal})
 
 
@@ -358,18 +363,18 @@ def _counted(slots: Slots, factors: Mapping[str, Any]) -> dict[str, dict[str, An
 IMPORTANCES: Mapping[str, Importance] = {
     # The mean square of per-example gate gradients (the Fisher information of the
     # gate): twice the second-order rise of the loss when the gate is shut.
-    "fisher": Smoothed("gate_fisher"),
+    "fisher": Smoothed("gate_fisher", degree=2),
     # The signed mean: near zero wherever training has converged. Known to mislead.
-    "gradient": Smoothed("gate_gradient"),
-    "norm": Smoothed("norms"),
+    "gradient": Smoothed("gate_gradient", degree=1),
+    "norm": Smoothed("norms", degree=1),
     # The norm on the inputs that there are.
-    "activation": Smoothed("activations"),
+    "activation": Smoothed("activations", degree=2),
     "sensitivity": Sensitivity(),
     "effective_rank": EffectiveRank(),
     # Singular values: of components only where they are in their order.
     "spectrum": Latest("spectrum"),
     "variance": Latest("variance"),
     "first_gradient": Latest("first_gradient"),
-    "ablation": Latest("ablation"),
+    "ablation": Latest("ablation", degree=2),
     "random": Random(),
 }

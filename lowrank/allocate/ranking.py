@@ -41,7 +41,7 @@ def seats(
     """Sorts every layer: open before shut, then by importance, then by index."""
     is_open = gates != 0
     values = jnp.where(is_open, values, 0)
-    order = jnp.lexsort((-values, ~is_open, jnp.asarray(slots.layer)))
+    order = sorted_within(slots, values, is_open)
     return Seats(
         order=order,
         value=_by_seat(slots, values[order]),
@@ -49,6 +49,15 @@ def seats(
             slots.open_ranks(gates), slots.group, num_segments=slots.num_groups
         ),
     )
+
+
+def sorted_within(
+    slots: Slots,
+    values: Float[Array, " components"],
+    is_open: Bool[Array, " components"],
+) -> Int[Array, " components"]:
+    """The components layer by layer: open before shut, then by value, then by index."""
+    return jnp.lexsort((-values, ~is_open, jnp.asarray(slots.layer)))
 
 
 def _by_seat(slots: Slots, values: Array) -> Array:

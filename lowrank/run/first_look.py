@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from lowrank.adapt.attach import Adapted
 from lowrank.adapt.plan import Plan
 from lowrank.adapt.sites import Site
-from lowrank.allocate.recipes import EVA, Adaptive, Allocator
+from lowrank.allocate.adaptive import Adaptive, Allocator
+from lowrank.allocate.recipes import EVA
 from lowrank.allocate.signals import ONCE, explained_variance, gradient_energy
 from lowrank.core.arrays import Frozen, Trained
 from lowrank.core.errors import BadInput

@@ -11,8 +11,8 @@ import numpy as np
 from lowrank.adapt.attach import Adapted
 from lowrank.adapt.rules import AnyRule, Rule, Train
 from lowrank.allocate import allocation as allocations
+from lowrank.allocate.adaptive import Adaptive, Allocator
 from lowrank.allocate.fixed import Uniform
-from lowrank.allocate.recipes import Adaptive, Allocator
 from lowrank.allocate.signals import ONCE
 from lowrank.allocate.slots import Competitor, Slots
 from lowrank.core.arrays import Dials

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from lowrank.allocate.adaptive import Adaptive, Allocator
 from lowrank.allocate.catalogue import CATALOGUE
 from lowrank.allocate.fixed import Uniform
-from lowrank.allocate.recipes import Adaptive, Allocator
 from lowrank.allocate.schedules import window
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.core.spec import build, fields_of

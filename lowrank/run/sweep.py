@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lowrank.allocate.recipes import Adaptive
+from lowrank.allocate.adaptive import Adaptive
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 

@@ -43,11 +43,14 @@ def factors_of(slots, rng):
 
 
 def signals_of(slots, rng, needs, gates):
-    """Drawn at random, but a component that is shut has no norm."""
+    """Drawn at random, but what is shut has no norm, and singular values fall."""
     flat = lambda: jnp.asarray(rng.gamma(1.0, size=slots.num_components), jnp.float32)
     given = {name: flat() for name in SIGNALS}
     given |= {"factors": factors_of(slots, rng), "gradients": factors_of(slots, rng)}
     given["norms"] = given["norms"] * gates
+    falling = jnp.lexsort((-given["spectrum"], jnp.asarray(slots.layer)))
+    within = slots.position < slots.open_ranks(gates)[slots.layer]
+    given["spectrum"] = given["spectrum"][falling] * within
     return {name: given[name] for name in needs}
 
 

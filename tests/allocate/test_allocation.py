@@ -143,9 +143,13 @@ def trials_of():
         ]
     )
     return [
-        allocator("fisher").on(slots, STEPS),
-        allocator("fisher", budget=5, schedule="cosine", decay=0.5).on(bounded, STEPS),
-        allocator("fisher", begin=0, end=39, every=7, start=1.5).on(slots, STEPS),
+        allocator("fisher", basis="own").on(slots, STEPS),
+        allocator("fisher", basis="own", budget=5, schedule="cosine", decay=0.5).on(
+            bounded, STEPS
+        ),
+        allocator("fisher", basis="own", begin=0, end=39, every=7, start=1.5).on(
+            slots, STEPS
+        ),
         allocator("given").on(slots, STEPS),
     ]
 
@@ -192,7 +196,7 @@ def test_a_run_is_compiled_once():
     allocation = allocator("fisher").on(equal(LAYERS), STEPS)
     event = jax.jit(allocation.event)
     memory, gates = allocation.init(), allocation.gates(allocation.constants)
-    given = {"gate_fisher": jnp.arange(16.0)}
+    given = dict.fromkeys(("gate_fisher", "norms", "spectrum"), jnp.arange(16.0))
     for step in range(0, STEPS, 5):
         memory = allocation.observe(memory, given, step, allocation.constants)
         gates, memory = event(memory, gates, jnp.int32(step), KEY, allocation.constants)
@@ -250,7 +254,7 @@ def test_a_run_that_is_resumed_has_identical_gates(name):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_importance_that_is_no_number_moves_nothing_and_says_so(value):
-    allocation = allocator("fisher").on(equal(LAYERS), STEPS)
+    allocation = allocator("fisher", basis="own").on(equal(LAYERS), STEPS)
     constants = allocation.constants
     memory, gates = allocation.init(), allocation.gates(constants)
     given = {"gate_fisher": jnp.arange(16.0).at[3].set(value)}
@@ -323,11 +327,12 @@ def test_measurements_stop_when_ranks_stand_still():
 
 def test_signals_that_cannot_be_measured_are_named():
     allocation = allocator("fisher").on(equal(LAYERS), STEPS)
-    assert allocation.needs == {"gate_fisher"}
-    with pytest.raises(
-        BadInput, match="'gate_fisher', which cannot be measured for VeRA"
-    ):
+    assert allocation.needs == {"gate_fisher", "norms", "spectrum"}
+    refused = "'gate_fisher', which cannot be measured for VeRA.*ranks.importance"
+    with pytest.raises(BadInput, match=refused):
         allocation.check_available({"norms"}, "VeRA")
+    with pytest.raises(BadInput, match=r"'norms'.*Set ranks\.basis=own"):
+        allocation.check_available({"gate_fisher"}, "VeRA")
     with pytest.raises(BadInput, match="it offers none"):
         allocation.observe(allocation.init(), {}, 0, allocation.constants)
 

@@ -8,7 +8,7 @@ import pytest
 from layouts import equal, ranks_of
 from simulated import ADAPTIVE, KEY, LAYERS, NAMED, STEPS, allocator, simulate
 
-from lowrank.allocate import recipes
+from lowrank.allocate import adaptive
 from lowrank.allocate.importance import IMPORTANCES
 from lowrank.allocate.normalisers import NORMALISERS
 from lowrank.allocate.schedules import SHAPES, STAIRCASE
@@ -188,10 +188,10 @@ def test_recipes_are_compositions_and_hash_as_what_they_say():
 @pytest.mark.parametrize(
     ("names", "table"),
     [
-        (recipes.Name, IMPORTANCES),
-        (recipes.Normaliser, NORMALISERS),
-        (recipes.Selector, SELECTORS),
-        (recipes.Shape, [*SHAPES, STAIRCASE]),
+        (adaptive.Name, IMPORTANCES),
+        (adaptive.Normaliser, NORMALISERS),
+        (adaptive.Selector, SELECTORS),
+        (adaptive.Shape, [*SHAPES, STAIRCASE]),
     ],
     ids=["importance", "normaliser", "selector", "schedule"],
 )

@@ -18,8 +18,8 @@ from experiments.ranks_protocol.measures import budgets, trajectory
 from experiments.ranks_protocol.real import SOURCES
 from experiments.ranks_protocol.settings import read
 from experiments.ranks_protocol.tasks import TASKS
+from lowrank.allocate.adaptive import Adaptive
 from lowrank.allocate.fixed import Given, Uniform
-from lowrank.allocate.recipes import Adaptive
 from lowrank.core.errors import BadInput, NonFinite, UnknownName
 from lowrank.run.door import CONF, resolve
 
@@ -154,7 +154,7 @@ def test_packs_share_program_and_base(tmp_path):
     for pack in made:
         assert len({t.seed % 2 for t in pack}) == 1
         assert len({arms.program(t.allocator) for t in pack}) == 1
-    assert len(made) == 2 * 6, "fixed ranks, and five importances, on two bases"
+    assert len(made) == 2 * 8, "fixed ranks, and seven importances, on two bases"
 
 
 def test_the_seeds_of_arms_share_data_and_order(settings):

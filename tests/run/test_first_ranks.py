@@ -8,8 +8,9 @@ import pytest
 from test_first_look import batch, make, moments_by_hand
 from tiny_run import counting_compilations
 
+from lowrank.allocate.adaptive import Adaptive
 from lowrank.allocate.fixed import Uniform
-from lowrank.allocate.recipes import EVA, Adaptive
+from lowrank.allocate.recipes import EVA
 from lowrank.core.errors import BadInput, Preempted
 from lowrank.core.trees import fingerprint
 from lowrank.data.pipeline import TrainPipeline

@@ -7,7 +7,7 @@ import toy
 from test_probes import CONSTANTS, disturbed
 from test_ranks import HELD, LAYERS, RANK, WINDOW, World, best, make
 
-from lowrank.allocate.recipes import Adaptive
+from lowrank.allocate.adaptive import Adaptive
 from lowrank.train.ablation import ablation
 from lowrank.train.losses import cross_entropy
 

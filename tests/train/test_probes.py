@@ -9,7 +9,8 @@ import pytest
 import toy
 from test_ranks import HELD, LAYERS, OPTIM, RANK, STEPS, WINDOW, World, best, make
 
-from lowrank.allocate.recipes import AdaLoRA, Adaptive, Fisher
+from lowrank.allocate.adaptive import Adaptive
+from lowrank.allocate.recipes import AdaLoRA, Fisher
 from lowrank.allocate.signals import energies
 from lowrank.core.errors import BadInput
 from lowrank.deltas.lora import LoRA
@@ -240,7 +241,8 @@ def test_models_that_couple_examples_are_refused(world):
 
 
 def test_gates_by_fisher_are_a_replay_on_the_host():
-    world = World(Fisher(**WINDOW), Fisher(**{**WINDOW, "decay": 0.5, "end": 13}))
+    own = {**WINDOW, "basis": "own"}
+    world = World(Fisher(**own), Fisher(**{**own, "decay": 0.5, "end": 13}))
     model = toy.model_of(world.adapted)
 
     def fisher(trained, dials, constants, batch):
