@@ -28,9 +28,12 @@ def terms_of(rng, gates):
     )
 
 
+spectra, norms = jax.jit(signals.spectra), jax.jit(signals.norms)
+
+
 def told(terms, **more):
-    spectrum = signals.spectra({"w": terms})["w"]
-    flat = {"norms": signals.norms(terms).ravel(), "spectrum": spectrum.ravel()}
+    spectrum = spectra({"w": terms})["w"]
+    flat = {"norms": norms(terms).ravel(), "spectrum": spectrum.ravel()}
     return flat | {n: jnp.asarray(x, jnp.float32) for n, x in more.items()}
 
 
