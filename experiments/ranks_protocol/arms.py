@@ -34,8 +34,8 @@ BASELINE, ORACLE = "uniform", "oracle"
 METHODS = (
     "fisher", "sensitivity", "norm", "activation", "fisher-own", "sensitivity-own"
 )  # fmt: skip
-#: Those that the wanted outcomes are about.
-CLAIMED = ("fisher", "sensitivity")
+#: Those whose gain is asked for: either importance, in either basis.
+CLAIMED = ("fisher", "sensitivity", "fisher-own", "sensitivity-own")
 #: Those that look at nothing.
 BLIND = ("random", "shuffled")
 

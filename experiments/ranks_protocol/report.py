@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,13 @@ def results(study: Study, protocol: Protocol) -> dict[str, Any]:
             row = _row(arm, own, ratio[task].get(arm), far[task].get(arm), p, protocol)
             rows.append({**row, "failed": _failures(records)})
         tasks[task] = {"rows": rows, **own, **_kept(own)}
+    seconds = [own["seconds"] for own in study.values()]
     asked = verdicts.outcomes(study, protocol)
     return {
         "schema": SCHEMA,
         "protocol": shown(protocol),
+        "seconds": sum(seconds),
+        "processors": len(os.sched_getaffinity(0)),
         "outcomes": [dataclasses.asdict(one) for one in asked],
         "tasks": tasks,
     }
@@ -138,6 +142,9 @@ def markdown(found: Mapping[str, Any]) -> str:
         "without noise; log-ratios are paired, and negative where the arm is better. "
         "To uniform and to the oracle, log-ratios are shown. Holm's correction is over "
         "all arms and tasks.",
+        "",
+        f"Compiling, training and judging took {found['seconds'] / 60:.0f} minutes on "
+        f"{found['processors']} processors.",
         "",
         "## What was wanted",
         "",

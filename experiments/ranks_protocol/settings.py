@@ -31,7 +31,7 @@ class Wanted:
     oracle: float = 0.05
     gain: float = -1.5
     misallocation: float = 0.02
-    no_gain: float = -0.5
+    no_gain: float = 0.0
     equivalence: float = 0.02
     points: float = 0.01
 

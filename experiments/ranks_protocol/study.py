@@ -14,6 +14,7 @@ numbers of one that was not.
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ from lowrank.io.files import (
 )
 from lowrank.sweeps.engine import compiled_once
 
+#: How long a pack took, in its folder.
+SECONDS = "seconds.json"
 #: Told (task, arm or phase, trial-steps done).
 Tick = Callable[[str, int], None]
 
@@ -79,8 +82,9 @@ def check(protocol: Protocol) -> None:
 
 
 def run(protocol: Protocol, tick: Tick = lambda text, steps: None) -> dict[str, Any]:
-    """The whole study: task -> {"in_points", "grid", "rates", "judged",
-    "tuned"}; the last two are records by arm.
+    """The whole study: task -> {"in_points", "grid", "rates", "judged", "tuned",
+    "seconds"}; "judged" and "tuned" are records by arm, "seconds" is how long their
+    packs took, whenever they were trained.
 
     Args:
       protocol: What to do.
@@ -118,6 +122,7 @@ def _compare(
     rates: dict[str, float] = {}
     tuned: dict[str, list[Record]] = {}
     judged: dict[str, list[Record]] = {}
+    spent: list[float] = []
     for stage in (
         [one for one in own if not ARMS[one].needs],
         [one for one in own if ARMS[one].needs],
@@ -125,7 +130,7 @@ def _compare(
         every = {arm: list(protocol.rates) for arm in stage}
         if len(protocol.rates) > 1:
             wanted = _trials(task, every, protocol.tuned, protocol, tuned, rates)
-            tuned |= _trained(task, wanted, protocol, folder, tick, "tuning")
+            tuned |= _trained(task, wanted, protocol, folder, tick, spent, "tuning")
             rates |= {
                 arm: best_rate(tuned[arm], protocol.rates, task.in_points)
                 for arm in stage
@@ -134,13 +139,14 @@ def _compare(
             rates |= dict.fromkeys(stage, protocol.rates[0])
         once = {arm: [rates[arm]] for arm in stage}
         wanted = _trials(task, once, protocol.judged, protocol, judged, rates)
-        judged |= _trained(task, wanted, protocol, folder, tick, "judging")
+        judged |= _trained(task, wanted, protocol, folder, tick, spent, "judging")
     return {
         "in_points": task.in_points,
         "grid": list(protocol.rates),
         "rates": {arm: rates[arm] for arm in own},
         "judged": {arm: judged[arm] for arm in own},
         "tuned": {arm: tuned[arm] for arm in own if arm in tuned},
+        "seconds": sum(spent),
     }
 
 
@@ -224,6 +230,7 @@ def _trained(
     protocol: Protocol,
     folder: Path,
     tick: Tick,
+    spent: list[float],
     phase: str,
 ) -> dict[str, list[Record]]:
     """The records of trials by arm, pack by pack."""
@@ -238,7 +245,9 @@ def _trained(
     for pack in packs(task, able, protocol):
         names = ", ".join(dict.fromkeys(trial.arm for trial in pack))
         own = lambda steps, text=f"{task.name}: {phase} {names}": tick(text, steps)
-        for record in _stored(task, pack, protocol, folder, own):
+        records, seconds = _stored(task, pack, protocol, folder, own)
+        spent.append(seconds)
+        for record in records:
             found[record["arm"]].append(record)
     return found
 
@@ -271,8 +280,9 @@ def _stored(
     protocol: Protocol,
     folder: Path,
     tick: Callable[[int], None],
-) -> list[Record]:
-    """A pack's records: those on disk if they are whole, else of a new training."""
+) -> tuple[list[Record], float]:
+    """A pack's records, those on disk if they are whole, else of a new training; and
+    the seconds that it took, which are beside them: records of two runs are equal."""
     identity = {
         "schema": SCHEMA,
         "task": task.identity,
@@ -281,12 +291,16 @@ def _stored(
     }
     own = folder / digest(identity, 12)
     files = [own / trial.file for trial in pack]
+    clock = own / SECONDS
     with contextlib.suppress(Corrupt):
-        found = [read_json(file) for file in files]
+        found = [read_json(file) for file in files], read_json(clock)["seconds"]
         tick(protocol.steps * len(pack))
         return found
+    began = time.perf_counter()
     records = train(task, pack, protocol, tick)
     for file, record in zip(files, records, strict=True):
         write_json_atomically(file, record)
+    seconds = time.perf_counter() - began
+    write_json_atomically(clock, {"seconds": seconds})
     # As they will be read: numbers that JSON holds.
-    return [read_json(file) for file in files]
+    return [read_json(file) for file in files], seconds

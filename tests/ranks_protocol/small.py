@@ -6,7 +6,7 @@ WANTED = {
     "oracle": 0.05,
     "gain": -1.5,
     "misallocation": 0.02,
-    "no_gain": -0.5,
+    "no_gain": 0.0,
     "equivalence": 0.02,
 }
 

@@ -29,7 +29,8 @@ TASK = TASKS["heterogeneous"]
 
 
 def files(settings):
-    return sorted(Path(settings.records).rglob("*.json"))
+    """The records of all trials."""
+    return sorted(Path(settings.records).rglob("*-seed*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,27 @@ def test_a_study_that_was_stopped_ends_as_if_it_was_not(found, settings):
     lost, torn = files(settings)[0], files(settings)[-1]
     lost.unlink()
     torn.write_bytes(torn.read_bytes()[:20])
-    assert study.run(settings) == found
+    again = study.run(settings)
+    timeless = lambda done: {
+        task: {name: value for name, value in own.items() if name != "seconds"}
+        for task, own in done.items()
+    }
+    assert timeless(again) == timeless(found)
     assert {file: file.read_bytes() for file in files(settings)} == before
+    assert again["heterogeneous"]["seconds"] > 0
+
+
+def test_a_study_tells_how_long_it_took_whenever_that_was(found, settings):
+    seconds = [
+        json.loads(file.read_text())["seconds"]
+        for file in Path(settings.records).rglob(study.SECONDS)
+    ]
+    again = study.run(settings)
+    assert again["heterogeneous"]["seconds"] == pytest.approx(sum(seconds))
+    told = report.results({**again, "decaying": again["heterogeneous"]}, settings)
+    assert told["seconds"] == pytest.approx(2 * sum(seconds))
+    slow = {**told, "seconds": 5400.0, "processors": 2}
+    assert "took 90 minutes on 2 processors" in report.markdown(slow)
 
 
 def test_another_protocol_takes_no_record_of_this_one(found, settings, monkeypatch):
@@ -191,7 +211,7 @@ def test_equal_ranks_have_no_shuffle_and_the_seed_is_left_out(settings, tmp_path
     allocator = ARMS["shuffled"].allocator(place, settings)
     trial = training.Trial("shuffled", 2000, 0.01, allocator)
     found = study._trained(
-        TASK, [trial], settings, tmp_path, lambda text, steps: None, ""
+        TASK, [trial], settings, tmp_path, lambda text, steps: None, [], ""
     )
     (one,) = found["shuffled"]
     assert one["error"] is None
