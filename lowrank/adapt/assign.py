@@ -211,7 +211,8 @@ def _check_rank(path: str, rule: Rule, site: Site) -> None:
         raise BadInput(
             f"rank {rank} for {path!r} is above min(d_in, d_out) = {site.largest_rank} "
             f"({site.d_in} x {site.d_out}); a correction of that rank is already any "
-            "matrix: lower the rank"
+            "matrix: lower the rank, or the largest one that it is given while "
+            "ranks move (max_rank)"
         )
 
 

@@ -156,7 +156,7 @@ class Slots:
             raise BadInput(
                 f"tied layers get equal ranks, but {', '.join(tied)} cannot: the "
                 f"largest minimum is {least[group]}, the smallest maximum "
-                f"{most[group]}. Change min_rank or max_rank, or untie them"
+                f"{most[group]}. Change ranks.bounds or ranks.max_rank, or untie them"
             )
 
     @property
@@ -303,7 +303,7 @@ class Slots:
                 raise BadInput(
                     f"{where}: {name!r} has rank {rank}, which is not between its "
                     f"minimum {low} and its maximum {high}; change the rank, or "
-                    "min_rank and max_rank"
+                    "ranks.bounds and ranks.max_rank"
                 )
         low, high = (self.by_group(ranks, f) for f in (np.minimum, np.maximum))
         for group in np.flatnonzero(low != high):
@@ -324,7 +324,7 @@ class Slots:
             raise BadInput(
                 f"{where} = {budget} {unit} is out of reach: the minimum ranks of "
                 f"{self.num_layers} layers take {low}, the maximum ranks {high}. "
-                "Change the budget, min_rank or max_rank"
+                "Change the budget, ranks.bounds or ranks.max_rank"
             )
 
 

@@ -117,11 +117,25 @@ def show_preview(shown: Mapping[str, Any], console: Console | None = None) -> No
             "batches (rows x tokens)",
             ", ".join("x".join(map(str, b)) for b in shown["batches"]),
         ),
+        *_moves(shown.get("ranks")),
         ("FLOPs of the largest step", f"{step['flops']:.3g}"),
         ("memory of the largest step", f"{step['peak_bytes'] / 2**20:.0f} MiB"),
     ):
         facts.add_row(*row)
     console.print(facts)
+
+
+def _moves(ranks: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Rows about ranks that move."""
+    if ranks is None:
+        return []
+    ends = f"{ranks['budget_at_start']:,} to {ranks['budget_at_end']:,}"
+    every = ranks["measured_every"]
+    when = f"every {every} steps" if every else "before the first step"
+    return [
+        (f"{ranks['unit']} that are open, in {ranks['events']} events", ends),
+        *((f"{name}, {when}", cost) for name, cost in ranks["signals"].items()),
+    ]
 
 
 def ranks_cell(ranks: Sequence[int]) -> str:

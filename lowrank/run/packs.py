@@ -32,17 +32,19 @@ from lowrank.io.history import MOVES
 from lowrank.io.record import Record
 from lowrank.run.checks import check_plan
 from lowrank.run.fit import Fit, fit
-from lowrank.run.forward import Batch
+from lowrank.run.forward import Batch, inputs_of, on_inputs
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
 from lowrank.run.preview import lowered
 from lowrank.run.profile import Profile, watched
-from lowrank.run.ranks import moves, over_time
+from lowrank.run.ranks import begun, gauges, moves, over_time
 from lowrank.run.results import Results, flat_numbers
 from lowrank.run.settings import Settings
 from lowrank.run.ship import ship
 from lowrank.run.storage import Source, Storage
 from lowrank.run.watch import Watch, watching
 from lowrank.train.guard import interruptible
+from lowrank.train.losses import cross_entropy
+from lowrank.train.penalties import impose
 from lowrank.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -187,7 +189,8 @@ def check_pack(prepared: PreparedPack) -> list[Batch] | None:
     """Checks what would fail later; returns the validation batches, if there are any.
 
     Raises:
-      BadInput: See `run.checks.check_plan`.
+      BadInput: See `run.checks.check_plan`, `run.ranks.begun` and
+        `train.penalties.impose`.
     """
     first = prepared.trials[0]
     found = "validation" in first.task.splits
@@ -202,7 +205,24 @@ def check_pack(prepared: PreparedPack) -> list[Batch] | None:
         first.settings.loop,
     )
     first.settings.profile.check(prepared.batches.num_steps)
+    _check_ranks_and_penalties(prepared)
     return validation
+
+
+def _check_ranks_and_penalties(prepared: PreparedPack) -> None:
+    """What `fit` would refuse, before there are records."""
+    together = prepared.variants.together
+    settings = [trial.settings for trial in prepared.trials]
+    impose([one.penalty for one in settings], together.sites, together.thin)
+    model = on_inputs(together.apply, inputs_of)
+    begun(
+        together,
+        [one.ranks.moving for one in settings],
+        prepared.slots(),
+        prepared.variants.dials(),
+        prepared.batches.num_steps,
+        gauges(model, cross_entropy),
+    )
 
 
 def pack_memory(settings: Settings, widths: Sequence[int]) -> dict[int, int | None]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lowrank.allocate.signals import SIGNALS
 from lowrank.cost.count import jaxpr_flops
 from lowrank.cost.measure import compiled_cost
 from lowrank.run.forward import inputs_of, on_inputs
@@ -91,7 +92,8 @@ def preview(prepared: Prepared) -> dict[str, Any]:
     """Compiles the largest step from shapes alone and reads its costs.
 
     Returns:
-      Sites, sizes, the data's shape and the costs of the largest step.
+      Sites, sizes, the data's shape, how ranks would move, and the costs of the largest
+      step.
     """
     adapted = prepared.adapted
     return {
@@ -103,5 +105,25 @@ def preview(prepared: Prepared) -> dict[str, Any]:
         "sizes": dataclasses.asdict(sizes(adapted)),
         "steps": prepared.batches.num_steps,
         "batches": [list(b["ids"].shape[1:]) for b in prepared.batches.examples()],
+        "ranks": _ranks(prepared),
         "step": lowered(prepared).costs(),
+    }
+
+
+def _ranks(prepared: Prepared) -> dict[str, Any] | None:
+    """How ranks would move: the budget, and what is measured at which cost."""
+    chosen, adapted = prepared.settings.ranks, prepared.adapted
+    if not chosen.move:
+        return None
+    slots = slots_of(adapted, bounds=chosen.bounds)
+    planned = chosen.moving.on(slots, prepared.batches.num_steps)
+    budget = planned.constants["budget"]
+    return {
+        "unit": planned.program.unit,
+        "budget_at_start": int(budget[0]),
+        "budget_at_end": int(budget[-1]),
+        "average_forward_budget": planned.average_forward_budget(),
+        "events": int(planned.constants["due"].sum()),
+        "measured_every": planned.measure_every,
+        "signals": {name: SIGNALS[name].cost for name in sorted(planned.needs)},
     }

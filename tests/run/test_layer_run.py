@@ -114,6 +114,15 @@ def test_a_preview_shows_the_ranks(world):
     )
 
 
+def test_a_preview_tells_how_ranks_would_move(world):
+    shown = run_trial(world.config("run.preview=true", "ranks=fisher"))["ranks"]
+    assert shown["budget_at_start"] == 2 * shown["budget_at_end"] == 144
+    assert shown["budget_at_end"] < shown["average_forward_budget"] < 144
+    assert [*shown["signals"]] == ["gate_fisher", "norms", "spectrum"]
+    assert "the step's own pass" in shown["signals"]["gate_fisher"]
+    assert run_trial(config(world, "run.preview=true"))["ranks"] is None
+
+
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
