@@ -30,6 +30,7 @@ Name = Literal[
     "activation",
     "sensitivity",
     "effective_rank",
+    "stable_rank",
     "spectrum",
     "variance",
     "first_gradient",
@@ -183,16 +184,19 @@ class Adaptive(Allocator):
         slots.check_budget(first, self.unit, "the first budget", top)
         self._check_direction(slots, first, last)
         curve = schedules.curve(self.schedule, when, first, last, self._pace(slots))
+        dealt = dealing.deal(slots, slots.ranks, first, self.unit, top)
         moves = self.moves if self.selector == "swap" else 0
+        changes = schedules.held(schedules.moves(when, moves), when)
+        self._check_exchange(slots, dealt, top, changes[when.events()])
         least = slots.group_bounds(slots.least, top)[0]
         constants = {
             "budget": schedules.held(curve, when),
             "due": when.events(),
             "end": np.int32(when.end),
-            "ranks": dealing.deal(slots, slots.ranks, first, self.unit, top),
+            "ranks": dealt,
             "least": least.astype(np.int32),
             "most": most.astype(np.int32),
-            "moves": schedules.held(schedules.moves(when, moves), when),
+            "moves": changes,
             "pool": np.int32(self.pool),
             "add": np.int32(self.add),
             "threshold": np.float32(self.threshold),
@@ -223,7 +227,9 @@ class Adaptive(Allocator):
         most = slots.most
         if self.rho is not None:
             limit = np.floor(self.rho * slots.ranks + 0.5).astype(np.int32)
-            most = np.minimum(most, np.maximum(limit, slots.least))
+            # Tied layers have one minimum, the largest of theirs.
+            least = slots.by_group(slots.least, np.maximum)[slots.group]
+            most = np.minimum(most, np.maximum(limit, least))
         return slots.group_bounds(slots.least, most)[1]
 
     def _pace(self, slots: Slots) -> int | None:
@@ -235,6 +241,26 @@ class Adaptive(Allocator):
                 f"{self.unit!r}; set ranks.unit=components, or leave at_once out"
             )
         return min(self.at_once * self.add, LARGEST, slots.num_components)
+
+    def _check_exchange(
+        self, slots: Slots, dealt: np.ndarray, top: np.ndarray, changes: np.ndarray
+    ) -> None:
+        """Raises BadInput if layers could not gain, whatever is measured."""
+        if self.selector not in ("grow", "swap"):
+            return
+        if empty := np.flatnonzero((dealt == 0) & (top > 0)).tolist():
+            raise BadInput(
+                f"ranks.selector = {self.selector!r} goes by what the components of a "
+                f"layer are worth, and {slots.names[empty[0]]!r} would begin without "
+                "any, and so never gain one; raise ranks.start, delta.rank or "
+                "ranks.budget, or give ranks.bounds a minimum of 1"
+            )
+        if self.selector == "swap" and not changes.any():
+            raise BadInput(
+                f"ranks.selector = 'swap' with ranks.moves = {self.moves} changes "
+                f"nothing at any of its {len(changes)} event(s), since moves fall to 0 "
+                "at ranks.end; lower ranks.every, or raise ranks.moves"
+            )
 
     def _check_measured(self, when: Window) -> None:
         needs = importance_of(self.importance, self.basis).signals

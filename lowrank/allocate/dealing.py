@@ -4,6 +4,7 @@ What fixed allocations consist of, and where adaptive ones begin.
 """
 
 import bisect
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -87,14 +88,21 @@ def ramp(slots: Slots, ratio: float) -> np.ndarray:
     """Weights that change linearly from the first layer of the depth to the last.
 
     PRILoRA's ranks (Benedek & Wolf 2024, arXiv:2401.11316) rise with depth. The depth
-    of a layer is its place in its stack, or among the sites where nothing is stacked.
+    of a layer is its place in its stack, or among the sites where nothing is stacked,
+    in the order of their names, where layer_2 comes before layer_10.
 
     Args:
       slots: The layout.
       ratio: The last weight over the first one; above 1 it rises.
     """
     weights: list[float] = []
-    single = [one.path for one in slots.competitors if one.num_layers == 1]
+    by_number = lambda path: [
+        (int(part), "") if part.isdecimal() else (-1, part)
+        for part in re.split(r"(\d+)", path)
+    ]
+    single = sorted(
+        (one.path for one in slots.competitors if one.num_layers == 1), key=by_number
+    )
     for one in slots.competitors:
         alone = one.num_layers == 1
         count = len(single) if alone else one.num_layers
@@ -126,6 +134,6 @@ def shuffle(slots: Slots, ranks: np.ndarray, seed: int) -> np.ndarray:
             return moved[slots.group].astype(np.int32)
     raise BadInput(
         f"no shuffle of the ranks of {slots.num_layers} layers differs from them and "
-        "keeps within min_rank and max_rank: ranks move only among layers of equal "
-        "size. Widen max_rank, or leave this control out"
+        "keeps within their bounds: ranks move only among layers of equal size. Widen "
+        "ranks.bounds or ranks.max_rank, or leave this control out"
     )

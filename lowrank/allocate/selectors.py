@@ -152,15 +152,18 @@ def swap(contest: Contest) -> Int[Array, " groups"]:
     """The worst of every layer's `pool` worst components give way to other layers.
 
     ElaLoRA (arXiv:2504.00254): the pool holds up to `pool` lowest components of each
-    layer, but never its minimum; the `moves` lowest of all lose, and the layers of the
-    `moves` highest gain one for each. The total is kept: as many gain as lose, where a
-    layer that is full cannot gain. Departs in that a layer that both gains and loses
-    just keeps what it has, instead of trading an old component for a fresh one.
+    layer, but never its minimum or its last one; the `moves` lowest of all lose, and
+    the layers of the `moves` highest gain one for each. The total is kept: as many gain
+    as lose, where a layer that is full cannot gain. Departs in that a layer that both
+    gains and loses just keeps what it has, instead of trading an old component for a
+    fresh one.
 
     Needs components that all count the same.
     """
     rank = contest.spread(contest.seats.rank)
-    floor = jnp.maximum(contest.spread(contest.least), rank - contest.pool)
+    # A layer without any component could not return: nothing would speak for it.
+    least = jnp.maximum(contest.spread(contest.least), jnp.minimum(rank, 1))
+    floor = jnp.maximum(least, rank - contest.pool)
     pooled = (contest.place >= floor) & (contest.place < rank)
     # The t-th best of a layer's pool stands for the t-th component that it may gain.
     room = contest.spread(contest.most) - rank

@@ -343,11 +343,13 @@ class RankEvents:
 
     def _flat(self, rest: Any) -> Memory:
         """The inverse of `_rest`."""
-        paths = {*self._slots.paths}
+        shapes = {c.path: (*c.stack, c.max_rank) for c in self._slots.competitors}
 
         def is_vector(x: Any) -> bool:
-            named = isinstance(x, Mapping) and {*x} == paths
-            return named and not any(isinstance(own, Mapping) for own in x.values())
+            # By shapes too: sites may have the names of factors.
+            if not isinstance(x, Mapping) or {*x} != {*shapes}:
+                return False
+            return {p: getattr(own, "shape", None) for p, own in x.items()} == shapes
 
         join = lambda x: self._restored(x) if is_vector(x) else x
         return jax.tree.map(join, rest, is_leaf=is_vector)

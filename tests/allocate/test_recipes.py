@@ -84,6 +84,27 @@ def test_fixed_ranks_are_what_they_say():
     assert sorted(moved[3:]) == [4, 5, 6]
 
 
+def test_a_ramp_goes_by_the_numbers_in_names():
+    """Sites come in the order of their names, in which 10 is before 2."""
+    names = sorted(f"layer_{number}/w" for number in range(12))
+    sites = [Competitor(path=name, max_rank=24, cost=4, ranks=12) for name in names]
+    slots = Slots(sites)
+    made = allocator("ramp", ratio=23.0).on(slots, STEPS)
+    found = slots.named(made.constants["ranks"])
+    rising = [found[f"layer_{number}/w"] for number in range(12)]
+    assert rising == [*range(1, 24, 2)]
+
+
+def test_tied_layers_keep_the_largest_of_their_minima():
+    sites = [
+        Competitor(path="a", max_rank=8, cost=4, ranks=2, group="g"),
+        Competitor(path="b", max_rank=16, cost=4, ranks=8, least=6, group="g"),
+        Competitor(path="c", max_rank=16, cost=4, ranks=8),
+    ]
+    made = allocator("fisher", rho=1.0, start=1.2, budget=16).on(Slots(sites), STEPS)
+    assert (made.constants["least"] <= made.constants["most"]).all()
+
+
 def test_a_ramp_of_a_budget_in_parameters_is_a_ramp_of_ranks():
     """Ranks of 1 to 3, dear or cheap; were they weighed by cost, they would be 1:12."""
     for costs in ((10, 40), (40, 10), (10, 10)):
@@ -140,6 +161,9 @@ WRONG = [
     ("growth", {"mode": "revivable"}, "opens gates"),
     ("effective_rank", {"selector": "swap", "start": 1.5, "schedule": "cubic"},
      "keeps the total"),
+    ("effective_rank", {"selector": "swap", "every": 22}, "changes nothing at any"),
+    ("effective_rank", {"selector": "swap", "moves": 0}, "changes nothing at any"),
+    ("growth", {"budget": 4}, "'l[0-3]' would begin without any"),
     ("given", {"ranks": {**NAMED, "l9": 1}}, "'l9'.*Nearest: 'l"),
     ("given", {"ranks": {**NAMED, "l0": 5}}, "'l0' has rank 5"),
     ("shuffled", {"ranks": dict.fromkeys(NAMED, 2)}, "no shuffle"),

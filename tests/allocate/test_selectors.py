@@ -219,6 +219,9 @@ def test_a_swap_takes_from_the_worst_and_gives_to_the_best():
     assert ranks(moves=1, pool=2, least=least).tolist() == [2, 2, 2], "none can lose"
     most = np.array([2, 4, 4])
     assert ranks(moves=1, pool=1, most=most).tolist() == [2, 3, 1], "the best is full"
+    poor = values.reshape(3, 4) * np.array([[1], [1], [0.01]])
+    found = run("swap", slots, poor.ravel(), gates, 0, moves=2, pool=4)
+    assert ranks_of(slots, found).tolist() == [3, 2, 1], "the last one stays"
 
 
 def test_variance_keeps_as_few_as_explain_enough():

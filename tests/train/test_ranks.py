@@ -1,6 +1,7 @@
 """Ranks move before the step they are named by, and nothing else moves with them."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import toy
 from lowrank.adapt.attach import attach
 from lowrank.adapt.rules import Rule, Train
 from lowrank.allocate.fixed import Uniform
-from lowrank.allocate.recipes import Growth, Norm, Random
+from lowrank.allocate.recipes import AdaLoRA, Growth, Norm, Random, Squeeze
+from lowrank.core.errors import BadInput
 from lowrank.deltas.lora import LoRA
 from lowrank.run.forward import inputs_of
 from lowrank.run.ranks import gauges, moves, rank_events, slots_of
@@ -58,9 +60,10 @@ class World:
     """A pack whose ranks move, step by step."""
 
     def __init__(
-        self, *allocators, seeds=None, optims=None, loss=cross_entropy, delta=None
-    ):
-        self.adapted = make(delta)
+        self, *allocators, seeds=None, optims=None, loss=cross_entropy, delta=None,
+        adapted=None,
+    ):  # fmt: skip
+        self.adapted = adapted or make(delta)
         count = len(allocators)
         self.seeds = list(range(count)) if seeds is None else seeds
         optims = optims or [OPTIM] * count
@@ -171,6 +174,60 @@ def test_gates_are_a_replay_of_the_allocator_on_the_host():
     assert world.traced == 1
 
 
+class Unwatched(LoRA):
+    axes: ClassVar = {n: own for n, own in LoRA.axes.items() if n != "gram"}
+
+
+class Bent(LoRA):
+    linear: ClassVar = {}
+
+
+@pytest.mark.parametrize(
+    ("delta", "allocator", "said"),
+    [
+        (Unwatched, Norm(importance="activation"), "Unwatched has no dial 'gram'"),
+        (Bent, Random(), "not linear in a factor along the outputs"),
+    ],
+)
+def test_a_delta_that_cannot_be_measured_or_moved_is_refused(delta, allocator, said):
+    with pytest.raises(BadInput, match=said):
+        World(allocator, delta=delta())
+
+
+def test_sites_may_be_called_as_factors_are():
+    """What an importance remembers of a site is by factor: no vector of components."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    width = toy.WIDTH
+    params = {
+        "a": jax.random.normal(keys[0], (toy.VOCAB, width)),
+        "b": jax.random.normal(keys[1], (width, toy.CLASSES)),
+    }
+    rules = [Rule("{a,b}", LoRA(), rank=RANK, max_rank=HELD)]
+    called = lambda p, batch: p["a"][batch["ids"]].mean(axis=1) @ p["b"]
+    adapted = attach(called, params, inputs_of(toy.batch(0)), rules=rules)
+    world = World(AdaLoRA(**{**WINDOW, "mode": "hard"}), adapted=adapted)
+    state = world.run()
+    assert world.flat(state).sum() == 2 * RANK
+
+
+def test_a_correction_without_gates_does_not_compete():
+    adapted = make()
+    dials = {path: {"scale": own["scale"]} for path, own in adapted.dials().items()}
+    with pytest.raises(BadInput, match="by LoRA has none: set ranks=uniform"):
+        slots_of(adapted, dials)
+
+
+def test_what_nobody_asked_for_is_not_measured(monkeypatch):
+    def never(*given):
+        raise AssertionError("measured")
+
+    for name in ("spectra", "energies"):
+        monkeypatch.setattr(f"lowrank.train.ranks.signals.{name}", never)
+    assert World(Norm(**WINDOW)).run(steps=1)
+    with pytest.raises(AssertionError, match="measured"):
+        World(Squeeze(**WINDOW)).run(steps=1)
+
+
 def test_shut_components_stand_still_with_their_moments():
     world = World(Norm(**WINDOW))
     frozen = 0
@@ -269,6 +326,7 @@ def test_the_history_tells_what_each_event_added(allocator):
     assert told["sites"]["stack"]["layers"] == LAYERS
     budget = world.constants()["budget"]
     assert told["target"] == [budget[t] for t in (0, 5, 8, 11, 14, 17)]
+    assert world.traced == 1
     gains = np.sum(expected)
     assert (gains == 0) == (allocator.selector == "top" and allocator.mode == "hard")
 
