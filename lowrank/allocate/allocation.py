@@ -292,30 +292,3 @@ def pack(
 def _layout(slots: Slots) -> list[Any]:
     blank = {"ranks": 0, "least": 0, "most": None}
     return [dataclasses.replace(one, **blank) for one in slots.competitors]
-
-
-def events(
-    allocation: Allocation,
-    memory: Memory,
-    gates: Float[Array, "trials components"],
-    step: Step,
-    keys: Array,
-    constants: Constants,
-) -> tuple[Float[Array, "trials components"], Memory]:
-    """The events of a pack before one step, those trials' alone that are due.
-
-    Outside the mapped step, so that a step without an event does not pay for one: a
-    condition under `vmap` would compute both branches.
-    """
-    due = jax.vmap(lambda own: allocation.due(step, own))(constants)
-
-    def run(given: tuple[Array, Memory]) -> tuple[Array, Memory]:
-        gates, memory = given
-        one = lambda m, g, k, c: allocation.event(m, g, step, k, c)
-        new = jax.vmap(one)(memory, gates, keys, constants)
-        choose = lambda n, o: jnp.where(
-            due.reshape(due.shape + (1,) * (n.ndim - 1)), n, o
-        )
-        return jax.tree.map(choose, new, (gates, memory))
-
-    return jax.lax.cond(jnp.any(due), run, lambda given: given, (gates, memory))

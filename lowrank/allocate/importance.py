@@ -7,14 +7,14 @@ anything: `ready` tells, and a value that is not finite is left for the caller t
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lowrank.allocate.signals import effective_rank
+from lowrank.allocate.signals import effective_rank, stable_rank
 from lowrank.allocate.slots import Slots
 from lowrank.allocate.transitions import draw, over
 from lowrank.core.arrays import Key
@@ -225,19 +225,20 @@ class Smoothed(OfOneSignal):
         return {name: jnp.where(born, 0, x) for name, x in memory.items()}
 
 
-class EffectiveRank(Smoothed):
-    """e_l n_j / sum of n over the layer's open components: effective rank, shared out.
+class RankOfSpectrum(Smoothed):
+    """e_l n_j / sum of n over the layer's open components: e, shared out by norms.
 
-    The sum over a layer is its effective rank, so that `proportional` gives ranks in
-    proportion to it, and within a layer the largest components come first. It does not
-    change when a layer's correction is scaled: it tells how many directions a layer
-    uses, not how much they matter.
+    e_l is the effective or the stable rank of a layer. The sum over a layer is e_l, so
+    that `proportional` gives ranks in proportion to it, and within a layer the largest
+    components come first. It does not change when a layer's correction is scaled: it
+    tells how many directions a layer uses, not how much they matter.
     """
 
     memory = "three numbers per component"
 
-    def __init__(self) -> None:
+    def __init__(self, rank: Callable[[Array], Array]) -> None:
         super().__init__("norms")
+        self.rank = rank
         self.signals = frozenset({"norms", "spectrum"})
 
     def init(self, slots: Slots, factors: Mapping[str, Any] | None) -> Memory:
@@ -250,7 +251,7 @@ class EffectiveRank(Smoothed):
         memory = super().observe(slots, memory, signals, constants)
         spectra = slots.parts(signals["spectrum"])
         ranks = {
-            path: jnp.broadcast_to(effective_rank(s)[..., None], s.shape)
+            path: jnp.broadcast_to(self.rank(s)[..., None], s.shape)
             for path, s in spectra.items()
         }
         decay = constants["decay"]
@@ -370,7 +371,8 @@ IMPORTANCES: Mapping[str, Importance] = {
     # The norm on the inputs that there are.
     "activation": Smoothed("activations", degree=2),
     "sensitivity": Sensitivity(),
-    "effective_rank": EffectiveRank(),
+    "effective_rank": RankOfSpectrum(effective_rank),
+    "stable_rank": RankOfSpectrum(stable_rank),
     # Singular values: of components only where they are in their order.
     "spectrum": Latest("spectrum"),
     "variance": Latest("variance"),

@@ -28,11 +28,11 @@ class AdaLoRA(Adaptive):
 
 @spec
 class Fisher(Adaptive):
-    """Prunes components whose gates carry the least Fisher information; the default.
+    """Prunes components whose gates carry the least Fisher information.
 
     F_j = E_n[(d l_n / d g_j)^2]: half of it is the second-order rise of the loss when
-    gate j is shut, at one number per component; shared out over the singular values of
-    its layer (basis=own: as it is).
+    gate j is shut. The default among the methods; shared out over the singular values
+    of its layer (basis=own: as it is).
     """
 
     basis: Basis = "singular"
@@ -43,7 +43,9 @@ class Fisher(Adaptive):
 class Norm(Adaptive):
     """Prunes the components of smallest |c_j| |a_j| |b_j|, over all layers.
 
-    Mao et al. 2024 (arXiv:2405.17357) without their division by the layer's norm,
+    Mao et al. 2024 (arXiv:2405.17357), on the window, schedule and hard gates that all
+    recipes here have by default instead of their late cubic one with revival, without
+    their penalty, without their division by the layer's norm,
     which makes layers incomparable (normaliser=layer), and without the dense products
     that their code forms.
     """
@@ -125,7 +127,8 @@ class EffectiveRank(Adaptive):
     """Ranks in proportion to how many directions a layer's correction uses.
 
     r_l = kappa exp(entropy of its singular values), projected on the budget, where
-    kappa cancels. Knows nothing of which layer matters. Every event may move ranks both
+    kappa cancels; with importance=stable_rank, sum s^2 / s_1^2 instead of the
+    exponential. Knows nothing of which layer matters. Every event may move ranks both
     ways; a layer with a rank of one cannot show that it needs two, so minima of two
     keep it able to.
     """

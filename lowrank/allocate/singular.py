@@ -42,6 +42,10 @@ class Singular(Importance):
     layers: for Fisher information, how much the loss bends. Importance by norm becomes
     the singular value itself.
 
+    Sizes are those of open components alone, but singular values of measurements before
+    an event are of all that were open then: just after one, a layer that lost some may
+    look larger than it is, and less so with each measurement.
+
     Of no paper that we know; `python -m experiments.ranks_protocol` has it side by side
     with components as they are.
     """

@@ -1,6 +1,6 @@
 """What happens to a component when it is born, dies, or returns: one site's arrays.
 
-    born   shut before, open now      a is kept or drawn anew, b is zero, age 0
+    born   shut before, open now      b is zero, a is kept, age 0
     died   open before, shut now      nothing: it is silent, and stands still
     open   open now                   trains; its age counts its updates
 
@@ -15,6 +15,7 @@ what is born zero.
 Factors are arrays (*stack, max_rank, ...), gates (*stack, max_rank).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -63,29 +64,22 @@ def reborn(
     factors: Factors,
     born: Bool[Array, "*stack max_rank"],
     zeroed: str,
-    drawn: Factors | None = None,
 ) -> dict[str, Array]:
     """Factors in which components that are born say nothing yet.
 
     Args:
       factors: Of one site.
       born: Which components.
-      zeroed: The factor that becomes zero: what makes the birth silent.
-      drawn: New values of other factors, taken where a component is born. Factors that
-        are not in it keep what they hold: the first draw, or what training left there.
+      zeroed: The factor that becomes zero: what makes the birth silent. The others keep
+        what they hold: the first draw, or what training left there.
     """
-    drawn = drawn or {}
-    if unknown := {zeroed, *drawn} - {*factors}:
+    if zeroed not in factors:
         raise BadInput(
-            f"a birth is to change the factor {min(unknown)!r}, and the site has "
+            f"a birth is to change the factor {zeroed!r}, and the site has "
             f"{', '.join(sorted(factors))}"
         )
-    found = dict(factors)
-    for name, new in drawn.items():
-        x = factors[name]
-        found[name] = jnp.where(over(born, x), new.astype(x.dtype), x)
-    x = found[zeroed]
-    return {**found, zeroed: jnp.where(over(born, x), 0, x).astype(x.dtype)}
+    x = factors[zeroed]
+    return {**factors, zeroed: jnp.where(over(born, x), 0, x).astype(x.dtype)}
 
 
 def draw(
@@ -94,10 +88,9 @@ def draw(
     stack: tuple[int, ...],
     init: Callable[[Key, tuple[int, ...]], Array],
 ) -> Array:
-    """A whole factor of new values, each component from a key of its own.
+    """Values for all components, each from a key of its own.
 
-    So what a component is reborn with does not depend on `max_rank` or on its
-    neighbors; a key per event makes it differ from its earlier lives.
+    So what a component gets does not depend on `max_rank` or on its neighbors.
 
     Args:
       key: Of the event and the site.
@@ -110,9 +103,7 @@ def draw(
     layer = lambda k: jax.vmap(one)(numbered_keys(k, rank))
     if not stack:
         return layer(key)
-    count = 1
-    for size in stack:
-        count *= size
+    count = math.prod(stack)
     return jax.vmap(layer)(numbered_keys(key, count)).reshape(factor.shape)
 
 

@@ -6,6 +6,8 @@ on the batch of a step, with the weights of that step and without dropout. No
 approximation stands between this and what shutting a gate costs: it is what other
 signals are measured against. It costs a forward pass of the whole batch per component,
 one after the other, so that memory does not grow: for small models.
+
+Source: a term of ALoRA's score (Liu et al. 2024, arXiv:2403.16187), of the loss.
 """
 
 from collections.abc import Callable, Mapping

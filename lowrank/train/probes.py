@@ -24,8 +24,8 @@ A Gram matrix for every layer, whose derivative by definition (`deltas.product`)
 the second moments of what its weight's inputs are in rank space, over those rows that
 the loss depends on.
 
-`python -m experiments.bench.ranks` says what that costs. Held are max_rank numbers per
-example and layer, or max_rank^2 per layer.
+`python -m experiments.bench.ranks` says what gates of examples cost. Held are max_rank
+numbers per example and layer, or max_rank^2 per layer.
 """
 
 from collections.abc import Callable, Collection, Mapping

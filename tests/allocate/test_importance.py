@@ -276,18 +276,22 @@ def test_spectra_of_sites_of_all_shapes_are_those_of_each_alone():
     assert signals.spectra({}) == {}
 
 
-def test_effective_rank_is_shared_out_by_norms():
+@pytest.mark.parametrize(
+    ("name", "second"), [("effective_rank", 4 / 3**0.75), ("stable_rank", 10 / 9)]
+)
+def test_the_rank_of_a_spectrum_is_shared_out_by_norms(name, second):
     slots = equal(2)
-    importance = IMPORTANCES["effective_rank"]
+    importance = IMPORTANCES[name]
     memory = importance.init(slots, None)
     given = {
         "norms": jnp.array([3.0, 1, 0, 0, 1, 1, 1, 1]),
-        "spectrum": jnp.array([2.0, 2, 0, 0, 1, 1, 1, 1]),
+        "spectrum": jnp.array([2.0, 2, 0, 0, 3, 1, 0, 0]),
     }
     for _ in range(3):
         memory = importance.observe(slots, memory, given, CONSTANTS)
     values = importance.values(slots, memory, opened(slots), CONSTANTS, KEY)
-    np.testing.assert_allclose(values, [1.5, 0.5, 0, 0, 1, 1, 1, 1], rtol=1e-5)
+    expected = [1.5, 0.5, 0, 0, *[second / 4] * 4]
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("left", [2.0, np.nan], ids=["remembered", "no number"])

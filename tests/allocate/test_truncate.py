@@ -1,13 +1,11 @@
-"""Truncation is the best there is, and compact factors are the same function."""
+"""Truncation is the best there is."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layouts import equal
 
 from lowrank.allocate import truncate
-from lowrank.core.errors import BadInput
 from lowrank.deltas.thin import Terms
 
 SCALE = 1.7
@@ -58,61 +56,6 @@ def test_eckart_and_young(rank):
     np.testing.assert_allclose(found.values, singular, **CLOSE)
     best = np.sqrt((singular[:, rank:] ** 2).sum(1))
     np.testing.assert_allclose(apart, best, **CLOSE)
-    told = truncate.error(found.values, jnp.full(3, rank))
-    np.testing.assert_allclose(told, best, **CLOSE)
-
-
-def test_one_threshold_for_all_layers_is_the_best_budget():
-    slots = equal(3)
-    t = terms(np.random.default_rng(2))
-    t = t._replace(c=t.c * jnp.array([[5.0], [1], [0.2]]))
-    values = truncate.split(t, SCALE).values
-    for budget in range(13):
-        ranks = truncate.keeping_largest(
-            slots, values.reshape(-1), budget, "components"
-        )
-        assert ranks.sum() == budget
-        lost = float((truncate.error(values, ranks) ** 2).sum())
-        best = np.sort(np.asarray(values).ravel() ** 2)[: 12 - budget].sum()
-        assert lost == pytest.approx(best, rel=1e-5)
-
-
-def test_energy_keeps_as_few_as_hold_enough():
-    values = jnp.array([[3.0, 1, 1, 1], [1, 1, 1, 1], [2, 0, 0, 0], [0, 0, 0, 0]])
-    keep = lambda energy: truncate.keeping_energy(values, energy).tolist()
-    assert keep(0.75) == [1, 3, 1, 0]
-    assert keep(0.76) == [2, 4, 1, 0]
-    assert keep(1.0) == [4, 4, 1, 0]
-    # However large or small the correction is.
-    tiny = truncate.keeping_energy(values * 1e-25, 0.75)
-    np.testing.assert_array_equal(tiny, [1, 3, 1, 0])
-
-
-def test_compact_factors_are_the_same_function():
-    """F6. Sums of fewer terms in the same order, the others being zero."""
-    gate = jnp.array([[0.0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0.5, 0]])
-    t = terms(np.random.default_rng(3))
-    parts = {"a": t.a, "b": t.b, "age": jnp.arange(12).reshape(3, 4)}
-    found, small = truncate.compact(parts, gate)
-    assert found["a"].shape == (3, 2, 7)
-    np.testing.assert_array_equal(small, [[1, 1], [1, 0], [0.5, 0]])
-    np.testing.assert_allclose(
-        dense(found["a"], found["b"], small), dense(t.a, t.b, gate), rtol=1e-12
-    )
-    np.testing.assert_array_equal(found["age"], [[1, 3], [4, 0], [10, 0]])
-    again, same = truncate.compact(found, small)
-    np.testing.assert_array_equal(again["a"], found["a"])
-    np.testing.assert_array_equal(same, small)
-
-
-def test_what_is_shut_leaves_nothing():
-    found, gate = truncate.compact({"a": np.ones((2, 4, 3))}, np.zeros((2, 4)))
-    assert found["a"].shape == (2, 0, 3)
-    assert gate.shape == (2, 0)
-    alone, gate = truncate.compact({"a": np.ones((4, 3))}, np.array([0.0, 1, 0, 0]))
-    assert alone["a"].shape == (1, 3)
-    with pytest.raises(BadInput, match="'m' has shape"):
-        truncate.compact({"m": np.ones(3)}, np.zeros((2, 4)))
 
 
 def test_no_dense_correction_is_formed():
