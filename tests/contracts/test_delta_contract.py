@@ -187,6 +187,22 @@ def test_a_shut_component_is_silent(name, options, place):
 
 
 @each_delta
+@each_place
+def test_shut_gates_leave_the_base_as_it_is(name, options, place):
+    """However loud the factors are: the same program gives the same bits as with silent
+    ones, and merged weights are the base's."""
+    case = case_of(name, options, place)
+    dials = case.dialled(jnp.zeros_like(case.gate))
+    loud = jax.tree.map(lambda x: 1e3 * x, case.trained)
+    y = case.adapted.apply(case.frozen, loud, case.x, dials=dials)
+    silent = case.adapted.apply(case.frozen, case.start, case.x, dials=dials)
+    np.testing.assert_array_equal(y, silent)
+    close(y, case.apply(case.params, case.x), 1e-6)
+    merged = case.adapted.merge(case.frozen, loud, dials)
+    np.testing.assert_array_equal(merged["w"], case.params["w"])
+
+
+@each_delta
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @each_place
 def test_the_base_dtype_comes_out(name, options, place, dtype):

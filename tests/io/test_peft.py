@@ -48,8 +48,9 @@ def run():
         "head/kernel": draw(D_OUT, 2),
         "head/bias": draw(2),
     }
+    # Open ones stand anywhere: what is saved are these, and not the first so many.
     gate = np.ones((LAYERS, RANK), np.float32)
-    gate[0, 1:] = 0
+    gate[0] = [0, 0, 1, 0]
     gate[1] = 0
     gate[2, 0] = 0.5
     dials = {
@@ -104,6 +105,10 @@ def test_closed_components_are_cut_away_and_ranks_written(run, tmp_path):
     assert config["modules_to_save"] == ["classifier"]
     assert tensors[f"{PREFIX}encoder.0.dense.lora_A.weight"].shape == (1, D_IN)
     assert tensors[f"{PREFIX}encoder.2.dense.lora_B.weight"].shape == (D_OUT, RANK)
+    np.testing.assert_array_equal(
+        tensors[f"{PREFIX}encoder.0.dense.lora_A.weight"],
+        trained["stack/kernel"]["a"][0, 2:3],
+    )
     assert tensors[f"{PREFIX}classifier.weight"].shape == (2, D_OUT)
     # PEFT knows the factors of a table by other names, and no others.
     assert tensors[f"{PREFIX}words.lora_embedding_A"].shape == (RANK, WORDS)

@@ -152,7 +152,9 @@ def test_rates_are_tuned_on_seeds_that_nothing_is_judged_on(tmp_path, monkeypatc
 
 
 def test_the_best_rate_has_the_least_mean_log_error_and_no_failure():
-    one = lambda rate, error: {"arm": "a", "rate": rate, "error": error}
+    one = lambda rate, error, seed=1000: {
+        "arm": "norm", "rate": rate, "error": error, "seed": seed
+    }  # fmt: skip
     assert study.best_rate([one(0.1, 1.0), one(0.2, 0.5)], [0.1, 0.2]) == 0.2
     # Means of errors themselves would say 0.2.
     rows = [one(0.1, 1e-4), one(0.1, 1.0), one(0.2, 0.4), one(0.2, 0.4)]
@@ -161,6 +163,11 @@ def test_the_best_rate_has_the_least_mean_log_error_and_no_failure():
     assert study.best_rate(rows, [0.1, 0.2]) == 0.2
     with pytest.raises(NonFinite, match="smaller rates"):
         study.best_rate([one(0.1, None)], [0.1])
+    assert not study.able([{**one(0.1, None), "arm": "shuffled"}])
+    assert study.able([one(0.1, None)])
+    # A seed that failed at every rate says nothing about rates.
+    rows = [one(0.1, 1.0), one(0.2, 0.5), one(0.1, None, 1001), one(0.2, None, 1001)]
+    assert study.best_rate(rows, [0.1, 0.2]) == 0.2
 
 
 def test_packs_share_program_and_base(tmp_path):

@@ -1,6 +1,7 @@
 """Ranks that move, in runs: within their budget, resumed, recorded, fed back."""
 
 import dataclasses
+import importlib
 import shlex
 
 import jax
@@ -12,7 +13,7 @@ from tiny_run import counting_compilations, metric_rows
 
 from experiments import ranks as ranks_door
 from lowrank.allocate.fixed import Given, Uniform
-from lowrank.allocate.recipes import AdaLoRA, Norm
+from lowrank.allocate.recipes import AdaLoRA, Fisher, Norm
 from lowrank.core.errors import BAD_INPUT, BadInput, NonFinite, Preempted, UnknownName
 from lowrank.core.trees import fingerprint
 from lowrank.data.pipeline import TrainPipeline
@@ -192,6 +193,29 @@ def test_what_cannot_be_is_refused_before_compiling(fitter, ranks, said):
     assert not [name for name in compiled if "packed" in name]
 
 
+def test_a_model_whose_examples_meet_is_refused_before_compiling(fitter, monkeypatch):
+    """Only where every example's own gradient is measured."""
+    module = importlib.import_module("lowrank.run.fit")
+    plain = module.on_inputs
+
+    def centred(apply, inputs):
+        model = plain(apply, inputs)
+
+        def meeting(*given, **more):
+            logits = model(*given, **more)
+            return logits - logits.mean(axis=-2, keepdims=True)
+
+        return meeting
+
+    monkeypatch.setattr(module, "on_inputs", centred)
+    with (
+        counting_compilations() as compiled,
+        pytest.raises(BadInput, match="lets examples of a batch meet"),
+    ):
+        fitter(0, ranks=Fisher(**WINDOW))
+    assert not [name for name in compiled if "packed" in name]
+
+
 def test_programs_of_two_kinds_share_no_pack(fitter):
     with pytest.raises(BadInput, match="cannot share a program"):
         fitter(0, 1, ranks=[Norm(**WINDOW), AdaLoRA()])
@@ -238,6 +262,18 @@ def test_the_adapter_holds_open_components_alone(run):
     )
     assert held == sorted(rank for rank in final.values() if rank)
     assert 0 in final.values()
+    opened = load_run(directory)
+    wanted = []
+    for path, dials in opened.dials.items():
+        own = opened.trained[path]["a"]
+        wanted += [
+            np.asarray(rows)[np.asarray(gate) != 0].reshape(-1, rows[0].size)
+            for rows, gate in zip(own, dials["gate"], strict=True)
+            if np.asarray(gate).any()
+        ]
+    stored = [x for name, x in tensors.items() if name.endswith("lora_A.weight")]
+    alike = lambda arrays: sorted(x.tobytes() for x in arrays)
+    assert alike(stored) == alike(wanted)
 
 
 def test_final_ranks_are_fed_back_at_the_same_scale(world, run):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import toy
 
 from lowrank.train import state as states
@@ -24,8 +25,11 @@ def close(one, two, rtol, atol):
     )
 
 
-def test_a_step_with_ages_is_the_step_without_while_nothing_changes():
-    adapted, optim = toy.make(), AdamW(lr=1e-2, weight_decay=0.1, warmup=0.4)
+@pytest.mark.parametrize("clip", [1.0, 1e-2])
+def test_a_step_with_ages_is_the_step_without_while_nothing_changes(clip):
+    """With gradients that are clipped, too: the norm is of all components together."""
+    adapted = toy.make()
+    optim = AdamW(lr=1e-2, weight_decay=0.1, warmup=0.4, clip=clip)
     frozen, found = adapted.frozen(), []
     for ages in (True, False):
         known = {"roles": adapted.roles(), "ages": ages}
@@ -39,6 +43,7 @@ def test_a_step_with_ages_is_the_step_without_while_nothing_changes():
         for number in range(6):
             batch = toy.on_device(toy.stack([toy.batch(number)]))
             state, metrics = pack(frozen, state, batch)
+        assert (float(metrics["grad_norm"][0]) > clip) == (clip < 1.0)
         found.append((state.trained, state.opt[1].mu, metrics))
     close(*found, rtol=1e-5, atol=1e-7)
 

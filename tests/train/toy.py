@@ -21,7 +21,7 @@ def apply(params, batch):
     return x @ params["head"]
 
 
-def make(dropout=0.0, rank=3):
+def make(dropout=0.0, rank=3, max_rank=None, delta=None):
     keys = jax.random.split(jax.random.key(0), 2)
     params = {
         "embed": jax.random.normal(keys[0], (VOCAB, WIDTH)),
@@ -29,7 +29,8 @@ def make(dropout=0.0, rank=3):
         "head": jnp.zeros((HIDDEN, CLASSES)),
     }
     example = inputs_of(batch(0))
-    rules = [Train("head", init="dense"), Rule("up", LoRA(dropout=dropout), rank=rank)]
+    delta = delta or LoRA(dropout=dropout)
+    rules = [Train("head", init="dense"), Rule("up", delta, rank, max_rank)]
     return attach(apply, params, example, rules=rules)
 
 
