@@ -60,8 +60,8 @@ class Budgets:
       final_components, final_parameters: Open at the end.
       average_components: Open in a step, on average over all steps.
       open_flops: Matrix FLOPs of the training if only open components are computed.
-      held_flops: As it is computed: shut components too. No arm measures by matrix
-        products that its step would not have.
+      held_flops: As it is computed: shut components too, without what measurements
+        take, which `experiments.bench.ranks` times.
     """
 
     final_components: int

@@ -141,7 +141,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "are geometric means over seeds of the mean square error against targets "
         "without noise; log-ratios are paired, and negative where the arm is better. "
         "To uniform and to the oracle, log-ratios are shown. Holm's correction is over "
-        "all arms and tasks.",
+        "all arms and tasks; of equivalence, over those of a task.",
         "",
         f"Compiling, training and judging took {found['seconds'] / 60:.0f} minutes on "
         f"{found['processors']} processors.",

@@ -140,7 +140,7 @@ def ranks(found: Found, task: str, seed: int | None = None) -> Figure:
     seed = seeds[0] if seed is None else seed
     own = {a: one for a, rows in judged.items() for one in rows if one["seed"] == seed}
     rows = {arm: one["ranks"] for arm, one in own.items()}
-    truth = next((one["truth"] for one in own.values()), None)
+    truth = next((one["truth"] for one in own.values() if one["truth"]), None)
     shown = {n: row for n, row in {"the teacher": truth, **rows}.items() if row}
     if not shown:
         raise BadInput(

@@ -133,6 +133,8 @@ def _compare(
             tuned |= _trained(task, wanted, protocol, folder, tick, spent, "tuning")
             rates |= {
                 arm: best_rate(tuned[arm], protocol.rates, task.in_points)
+                if able(tuned[arm])
+                else min(protocol.rates)
                 for arm in stage
             }
         else:
@@ -150,6 +152,16 @@ def _compare(
     }
 
 
+def able(records: Sequence[Record]) -> bool:
+    """Whether an arm has anything to choose a rate by.
+
+    One that takes ranks of another may have none with another order, in any tuning
+    seed; its judged seeds say so.
+    """
+    needs = any(ARMS[one["arm"]].needs for one in records)
+    return not needs or any(one["error"] is not None for one in records)
+
+
 def best_rate(
     records: Sequence[Record], rates: Sequence[float], in_points: bool = False
 ) -> float:
@@ -157,12 +169,15 @@ def best_rate(
 
     In points, with the smallest mean error.
 
-    A rate at which a seed failed is the last choice; of equal ones the smaller wins.
+    A rate at which a seed failed is the last choice; of equal ones the smaller wins. A
+    seed that failed at every rate says nothing of them.
 
     Raises:
       NonFinite: No rate has an error for any seed.
     """
     means = {}
+    telling = {one["seed"] for one in records if one["error"] is not None}
+    records = [one for one in records if one["seed"] in telling] or records
     for rate in sorted(rates):
         own = [one["error"] for one in records if one["rate"] == rate]
         whole = own and all(error is not None for error in own)

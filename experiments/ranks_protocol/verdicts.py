@@ -2,8 +2,9 @@
 
 With e the error of an arm and of a baseline for one seed, d = log e_arm - log e_base;
 where errors are shares of rows, d = e_arm - e_base: negative where the arm is better.
-Intervals and tests are those of `evaluate.compare`. Holm's correction is over all arms
-and tasks together, since all were looked at.
+Intervals and tests are those of `evaluate.compare`. Holm's correction of differences
+is over all arms and tasks together, since all were looked at; that of equivalence, over
+the arms of a task.
 """
 
 import dataclasses
