@@ -1,10 +1,8 @@
 """Trials taken out of their packs end as they would have, together from the start."""
 
-import jax
 import numpy as np
 import pytest
 import toy
-from jax.experimental.compilation_cache import compilation_cache
 
 from lowrank.adapt.rules import Rule, Train
 from lowrank.adapt.variants import pack
@@ -82,23 +80,6 @@ class World:
 
     def source(self, name, row, step=RUNG):
         return Source(self.checkpoints(name), step, row)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Equal programs are compiled once."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

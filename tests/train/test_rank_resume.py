@@ -26,7 +26,7 @@ WINDOW = {"begin": 2, "end": 10, "every": 2, "measure_every": 1}
     ids=["adalora", "growth", "squeeze"],
 )
 def test_stopped_between_events_and_at_one_it_goes_on_bit_for_bit(
-    tmp_path, allocator, delta
+    tmp_path, compiled, allocator, delta
 ):
     """With ages and moments of components that were born or rewritten meanwhile."""
     adapted = toy.make(rank=3, max_rank=6, delta=delta)
