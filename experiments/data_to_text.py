@@ -3,7 +3,8 @@
 The base answers the questions of the test split, is adapted to those of the train
 split, and answers again: loss on the right answers and BLEU of its own, before, after
 and the difference, with intervals that resample whole meanings. The best of the states
-by validation loss is kept; the adapter is a folder for PEFT.
+by validation loss is kept; the adapter is a folder for PEFT, and the merged model one
+for transformers, if it is asked for.
 """
 
 import json
@@ -31,8 +32,10 @@ from lowrank.evaluate import texts
 from lowrank.evaluate.tokens import TokenSums, score_tokens
 from lowrank.io.adapter import collect
 from lowrank.io.files import write_json_atomically
+from lowrank.io.folders import write_model
 from lowrank.io.language import Language, load
 from lowrank.io.peft import write_adapter
+from lowrank.io.sources import locate
 from lowrank.models.generation import generate
 from lowrank.run.door import command
 from lowrank.run.fit import fit
@@ -76,6 +79,7 @@ class Plan:
     seed: int
     results: str
     adapter: str
+    merged: str | None
     cache: str | None
     progress: bool
 
@@ -203,6 +207,14 @@ def study(plan: Plan) -> dict[str, Any]:
         task_type="CAUSAL_LM",
         notes={"base_fingerprint": base.fingerprint},
     )
+    if plan.merged is not None:
+        write_model(
+            plan.merged,
+            base.family.to_hf(merged, prefix=None),
+            base.hf_config,
+            locate(plan.base, plan.cache)[0],
+            card=f"{plan.base}, taught RNNLG's laptop meanings by LoRA and merged.\n",
+        )
     return {
         "plan": json.loads(json.dumps(plan, default=vars)),
         "rows": {name: len(own) for name, own in task.splits.items()},

@@ -8,6 +8,7 @@ import torch
 from decoder_pair import FAMILIES, LENGTHS, batch_of, made, tokenizer_beside
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowrank.io.folders import write_model
 from lowrank.io.language import load
 from lowrank.io.safetensors import Tensors
 from lowrank.io.sources import locate
@@ -55,6 +56,25 @@ def test_logits_equal(pair):
         np.testing.assert_allclose(
             got[batch["mask"]], want[batch["mask"]], atol=TOLERANCE
         )
+
+
+def test_transformers_opens_a_folder_that_we_write(pair):
+    """Weights that were changed, so that nothing of the original is opened instead."""
+    _, folder = pair
+    base = loaded(folder)
+    params = jax.tree.map(lambda x: 1.01 * x, base.params)
+    out = write_model(
+        folder / "merged", base.family.to_hf(params), base.hf_config, folder, card="",
+        max_shard=20_000,
+    )  # fmt: skip
+    opened, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    batch = batch_of()
+    got = theirs(opened.eval(), batch)
+    want = np.asarray(jax.jit(base.apply)(params, batch))
+    np.testing.assert_allclose(got[batch["mask"]], want[batch["mask"]], atol=TOLERANCE)
+    assert AutoTokenizer.from_pretrained(out)("a b").input_ids is not None
 
 
 def test_padding_on_the_left_is_silent(pair):

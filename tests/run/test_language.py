@@ -16,7 +16,7 @@ from lowrank.core.errors import BadInput
 from lowrank.data.builders import rnnlg
 from lowrank.data.packing import one_by_one, packed
 from lowrank.data.sequences import SequencePipeline, eval_rows
-from lowrank.data.talk import Spoken
+from lowrank.data.talk import Spoken, Talk
 from lowrank.deltas.lora import LoRA
 from lowrank.io.decoder_configs import spec_from_config
 from lowrank.io.language import load
@@ -184,13 +184,13 @@ def plan(folder, meanings, **more):
         "steps": 30, "batch_size": 2, "length": 64, "evaluate_every": 10,
         "answer_tokens": 8, "together": 4, "seed": 0,
         "results": str(meanings / "results"), "adapter": str(meanings / "adapter"),
-        "cache": None, "progress": False,
+        "merged": None, "cache": None, "progress": False,
     }  # fmt: skip
     return data_to_text.read({**fields, **more})
 
 
 def test_the_experiment_tells_before_from_after(folder, meanings):
-    found = data_to_text.study(plan(folder, meanings))
+    found = data_to_text.study(plan(folder, meanings, merged=str(meanings / "merged")))
     assert (
         found["after"]["loss"]["estimate"] < 0.7 * found["before"]["loss"]["estimate"]
     )
@@ -202,6 +202,14 @@ def test_the_experiment_tells_before_from_after(folder, meanings):
     adapter = read_adapter(meanings / "adapter")
     assert len(adapter.corrections) == 2 * 7
     assert any("q_proj" in module for module in adapter.corrections)
+    # What was judged is what the folder holds, and it answers as the study said.
+    again = load(str(meanings / "merged"), precision="highest")
+    assert again.fingerprint != load(str(folder)).fingerprint
+    (first,) = (one["after"] for one in found["examples"][:1])
+    talk = Talk(again.tokenizer, again.chat_template, end=again.end, begin=again.begin)
+    rows = data_to_text.task_of(plan(folder, meanings).data).splits["test"]
+    said, _ = data_to_text.say(again, again.params, talk, rows, plan(folder, meanings))
+    assert said[0] == first
 
 
 def test_plans_that_cannot_be(folder, meanings):
