@@ -71,6 +71,7 @@ class Real:
     without: frozenset[str] = frozenset()
     loss: Loss = cross_entropy
     in_points: bool = True
+    apart: bool = True
 
     @property
     def name(self) -> str:

@@ -274,7 +274,9 @@ def packs(
     groups: dict[Any, list[Trial]] = {}
     for trial in trials:
         place = task.place(trial.seed, protocol)
-        groups.setdefault((all_arms.program(trial.allocator), place), []).append(trial)
+        alone = trial.arm if task.apart else None
+        key = all_arms.program(trial.allocator), place, alone
+        groups.setdefault(key, []).append(trial)
     yield from groups.values()
 
 

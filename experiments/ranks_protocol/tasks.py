@@ -41,6 +41,8 @@ class Task(Protocol):
       loss: What is minimized.
       in_points: Whether errors are shares of rows, whose differences count; else their
         ratios do.
+      apart: Whether every arm has packs of its own: packs of one size are one program,
+        which counts where compiling takes longer than training.
       identity: What results depend on, beside the protocol, as JSON types.
     """
 
@@ -64,6 +66,9 @@ class Task(Protocol):
 
     @property
     def in_points(self) -> bool: ...
+
+    @property
+    def apart(self) -> bool: ...
 
     @property
     def identity(self) -> Mapping[str, Any]: ...
@@ -119,6 +124,7 @@ class Synthetic:
     has_truth: bool = True
     loss: Loss = squared_error
     in_points: bool = False
+    apart: bool = False
 
     @property
     def identity(self) -> Mapping[str, Any]:

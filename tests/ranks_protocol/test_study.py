@@ -182,6 +182,10 @@ def test_packs_share_program_and_base(tmp_path):
         assert len({t.seed % 2 for t in pack}) == 1
         assert len({arms.program(t.allocator) for t in pack}) == 1
     assert len(made) == 2 * 8, "fixed ranks, and seven importances, on two bases"
+    apart = dataclasses.replace(TASK, apart=True)
+    alone = list(study.packs(apart, trials, settings))
+    assert len(alone) == 2 * len(free)
+    assert all(len({trial.arm for trial in pack}) == 1 for pack in alone)
 
 
 def test_the_seeds_of_arms_share_data_and_order(settings):
