@@ -138,7 +138,7 @@ def test_no_errors_at_all_can_be_compared():
     with pytest.raises(ValueError, match=r"math domain|expected a positive"):
         verdicts.errors(of(0.0, 0.5))
     records = [
-        {"rate": rate, "error": error, "arm": "x"}
+        {"rate": rate, "error": error, "arm": "norm", "seed": 1000}
         for rate, error in ((0.1, 0.2), (0.2, 0.0), (0.3, 0.0))
     ]
     assert study.best_rate(records, [0.1, 0.2, 0.3], in_points=True) == 0.2
