@@ -32,7 +32,7 @@ from lowrank.evaluate import texts
 from lowrank.evaluate.tokens import TokenSums, score_tokens
 from lowrank.io.adapter import collect
 from lowrank.io.files import write_json_atomically
-from lowrank.io.folders import write_model
+from lowrank.io.folders import check_free, write_model
 from lowrank.io.language import Language, load
 from lowrank.io.peft import write_adapter
 from lowrank.io.sources import locate
@@ -145,6 +145,8 @@ def say(
 def study(plan: Plan) -> dict[str, Any]:
     """Before, training, after."""
     began = time.perf_counter()
+    if plan.merged is not None:
+        check_free(Path(plan.merged))
     task = task_of(plan.data)
     base = load(plan.base, cache=plan.cache)
     talk = Talk(base.tokenizer, base.chat_template, end=base.end, begin=base.begin)

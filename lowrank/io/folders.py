@@ -26,6 +26,19 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD = 5 * 10**9
 
 
+def check_free(directory: Path) -> None:
+    """Refuses a folder with something in it, before the work whose result it is for.
+
+    Raises:
+      BadInput: A model is not written over what is there.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise BadInput(
+            f"{directory} is not empty, and a model is not written over what is there; "
+            "choose another folder, or remove it"
+        )
+
+
 def write_model(
     directory: str | Path,
     tensors: Mapping[str, np.ndarray],
@@ -53,11 +66,7 @@ def write_model(
       CannotWrite: The file system refused; nothing is there then.
     """
     directory = Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise BadInput(
-            f"{directory} is not empty, and a model is not written over what is there; "
-            "choose another folder, or remove it"
-        )
+    check_free(directory)
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise BadInput(

@@ -217,5 +217,8 @@ def test_plans_that_cannot_be(folder, meanings):
         plan(folder, meanings, data="here")
     with pytest.raises(BadInput, match="stepz"):
         plan(folder, meanings, stepz=1)
+    # Before anything is trained.
+    with pytest.raises(BadInput, match="is not empty"):
+        data_to_text.study(plan(folder, meanings, merged=str(meanings), base="nowhere"))
     with pytest.raises(BadInput, match="more than 16"):
         data_to_text.study(plan(folder, meanings, length=16))
