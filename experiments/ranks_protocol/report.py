@@ -48,7 +48,7 @@ def results(study: Study, protocol: Protocol) -> dict[str, Any]:
         "schema": SCHEMA,
         "protocol": shown(protocol),
         "seconds": sum(seconds),
-        "processors": len(os.sched_getaffinity(0)),
+        "processors": os.cpu_count(),
         "outcomes": [dataclasses.asdict(one) for one in asked],
         "tasks": tasks,
     }
