@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 NEWEST ?= python3.13
 
-.PHONY: demo test test-full test-faults test-engines docs-faults test-newest parity foreign docs-models notebooks lint bench bench-sweep clean
+.PHONY: demo test test-slow test-full test-faults test-engines docs-faults test-newest parity foreign docs-models notebooks lint bench bench-sweep clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,12 @@ demo: $(VENV)/.made
 test: $(VENV)/.made
 	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q --durations 25
+
+# Whole runs, minutes long, of what cheaper tests show in its parts.
+test-slow: $(VENV)/.made
+	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q \
+	-m 'slow and not parity and not faults and not foreign' --durations 25
 
 test-full: $(VENV)/.made
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m 'not parity and not faults and not foreign'

@@ -27,6 +27,7 @@ def composed(name, *overrides):
         return resolve(compose(name, overrides=list(overrides)))
 
 
+@pytest.mark.slow
 def test_python_blocks_run_as_they_stand(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = ["data.rows_per_class=1", "optim.epochs=1", "track=local"]

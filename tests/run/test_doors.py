@@ -206,6 +206,7 @@ def test_plugins_are_imported_before_anything_else(world, tmp_path, monkeypatch)
         sys.modules.pop("my_plugin", None)
 
 
+@pytest.mark.slow
 def test_the_demo_compares_with_the_probe(world, tmp_path, call):
     code, shown, said = call("demo", *small(world, tmp_path / "run", "seed=3"))
     assert code == 0, said

@@ -252,6 +252,7 @@ def test_without_its_sources_a_pack_trains_from_the_start(sweep, tmp_path):
     assert "no pack has a checkpoint of all its trials" in said
 
 
+@pytest.mark.slow
 def test_another_rule_is_refused_and_none_trains_all_to_the_end(sweep, tmp_path):
     pack, grid = RacePack(), ("optim.lr=0.1,0.2,0.3,0.4",)
     sweep(pack, *RULE, "sweep.name=mine", grid=grid)

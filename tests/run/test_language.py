@@ -121,6 +121,7 @@ def test_a_language_model_learns_its_answers_and_the_best_loss_is_kept(base):
     assert fitted.adapted.frozen() is not None
 
 
+@pytest.mark.slow
 def test_trials_of_a_pack_are_those_alone(base):
     both = trained(base, [0.02, 0.005], [0, 1], steps=6)
     for trial, (rate, seed) in enumerate(((0.02, 0), (0.005, 1))):
@@ -189,6 +190,7 @@ def plan(folder, meanings, **more):
     return data_to_text.read({**fields, **more})
 
 
+@pytest.mark.slow
 def test_the_experiment_tells_before_from_after(folder, meanings):
     found = data_to_text.study(plan(folder, meanings, merged=str(meanings / "merged")))
     assert (

@@ -115,6 +115,7 @@ def test_a_preview_shows_the_ranks(world):
     )
 
 
+@pytest.mark.slow
 def test_a_preview_tells_how_ranks_would_move(world):
     shown = run_trial(world.config("run.preview=true", "ranks=fisher"))["ranks"]
     assert shown["budget_at_start"] == 2 * shown["budget_at_end"] == 144

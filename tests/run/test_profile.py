@@ -66,6 +66,7 @@ def profiled(world):
     return found
 
 
+@pytest.mark.slow
 def test_a_table_says_where_the_time_goes(profiled):
     folder = profiled[0] / "profile"
     told = json.loads((folder / "table.json").read_text())
@@ -85,6 +86,7 @@ def test_a_table_says_where_the_time_goes(profiled):
     assert [*folder.rglob("*.xplane.pb")]
 
 
+@pytest.mark.slow
 def test_it_changes_no_number_and_only_adds_a_folder(profiled):
     for name in ("trained.safetensors", "metrics.jsonl"):
         one, other = ((folder / name).read_bytes() for folder in profiled)

@@ -118,8 +118,8 @@ def test_stopped_in_mid_schedule_it_goes_on_bit_for_bit(fitter, plain, tmp_path)
 @pytest.mark.parametrize(
     "importance",
     [
-        "fisher",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("norm", "activation")),
+        "norm",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("fisher", "activation")),
     ],
 )
 def test_eight_devices_choose_what_one_does(fitter, plain, importance):
@@ -132,6 +132,7 @@ def test_eight_devices_choose_what_one_does(fitter, plain, importance):
     )
 
 
+@pytest.mark.slow
 def test_a_pack_with_a_run_of_fixed_ranks_is_both_alone(fitter, plain):
     packed, _ = fitter(0, 0, ranks=[Norm(**WINDOW), Uniform()])
     same_gates(gates(packed), gates(plain[0]))
@@ -141,12 +142,10 @@ def test_a_pack_with_a_run_of_fixed_ranks_is_both_alone(fitter, plain):
     same_gates(gates(packed, 1), gates(fixed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
-    [
-        ("norm", "ranks.decay=0.5"),
-        pytest.param("random", "ranks.schedule=linear", marks=pytest.mark.slow),
-    ],
+    [("norm", "ranks.decay=0.5"), ("random", "ranks.schedule=linear")],
 )
 def test_trials_of_other_ranks_and_schedules_are_each_alone(world, name, more):
     def fitted(*trials):

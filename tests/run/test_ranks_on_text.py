@@ -47,6 +47,7 @@ def found(world, tmp_path_factory):
     return settings, done, results
 
 
+@pytest.mark.slow
 def test_every_arm_ends_with_the_budget_of_the_name(found):
     _, done, _ = found
     assert [*done] == ["homogeneous", "words@2"]
@@ -105,6 +106,7 @@ def test_a_sample_is_drawn_without_order_and_alike_for_all(
         assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_the_error_is_the_share_of_wrong_labels(found):
     _, done, told = found
     rows = {row["arm"]: row for row in told["tasks"]["words@2"]["rows"]}
@@ -120,6 +122,7 @@ def test_the_error_is_the_share_of_wrong_labels(found):
             assert row["ratio"]["margin"] == 0.01
 
 
+@pytest.mark.slow
 def test_the_tables_are_in_points(found):
     settings, _, told = found
     text = report.markdown(told)

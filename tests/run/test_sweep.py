@@ -319,6 +319,7 @@ def keeps_programs(world):
     jax.config.update("jax_compilation_cache_dir", str(world.compiled))
 
 
+@pytest.mark.slow
 def test_four_trials_trained_for_real(sweep, tmp_path, keeps_programs):
     small = ("delta.rank=4", "optim.epochs=1", "data.batching.buckets=[16]")
     code, said = sweep(run_pack, *small, memory=pack_memory)

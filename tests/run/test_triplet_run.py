@@ -1,6 +1,7 @@
 """AdaLoRA as published, as a run: trained, saved, and opened again."""
 
 import numpy as np
+import pytest
 from tiny_run import metric_rows
 
 from lowrank.io.bert import family_of
@@ -9,6 +10,7 @@ from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
 
 
+@pytest.mark.slow
 def test_adalora_as_published_is_a_run_like_others(world):
     given = [
         "delta=triplet", "ranks=adalora", "penalty.orthogonality=0.1", "ranks.begin=1",

@@ -118,6 +118,7 @@ def test_costs_are_sane(finished):
     assert costs["inference"] is None, "not asked for"
 
 
+@pytest.mark.slow
 def test_latency_is_measured_for_base_unmerged_and_merged(world, tmp_path):
     given = ["evaluate.latency=true", "optim.epochs=1", "delta.targets='**/up/kernel'"]
     short = ["data.batching.buckets=[16]", "evaluate.test=false"]
@@ -132,6 +133,7 @@ def test_latency_is_measured_for_base_unmerged_and_merged(world, tmp_path):
     assert not (tmp_path / "run/predictions/test.npz").exists()
 
 
+@pytest.mark.slow
 def test_validation_chooses_the_best_state(world, tmp_path):
     # At this rate the second epoch undoes what the first one learned.
     spoiling = ["optim.lr=0.1", "optim.schedule=constant", "optim.epochs=4"]

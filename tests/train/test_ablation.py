@@ -51,6 +51,7 @@ def test_it_is_what_the_loss_would_be_without():
     assert np.abs(expected[is_open]).min() > 3e-5, "far above what is tolerated"
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_the_loss_needs():
     # Every second step is measured, and an event goes by the latest measurement.
     fields = {**WINDOW, "importance": "ablation"}
