@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import toy
 from test_probes import CONSTANTS, disturbed
 from test_ranks import HELD, LAYERS, RANK, WINDOW, World, best, make
