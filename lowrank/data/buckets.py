@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
@@ -54,13 +54,27 @@ class Buckets:
     """
 
     def __init__(
-        self, tokens: Tokens, labels: Int[np.ndarray, " rows"], batching: Batching
+        self,
+        tokens: Tokens,
+        labels: Int[np.ndarray, " rows"] | Float[np.ndarray, " rows"],
+        batching: Batching,
     ):
+        """Sorts rows by length.
+
+        Args:
+          tokens: The rows.
+          labels: Of each row its class, or the number that it is to get.
+          batching: Buckets; the other fields are not used.
+
+        Raises:
+          BadInput: There are no rows, not one label each, or no room in a bucket.
+        """
         if len(tokens) != len(labels):
             raise BadInput(f"{len(tokens)} tokenized rows have {len(labels)} labels")
         if len(tokens) == 0:
             raise BadInput("there are no rows to make batches of")
-        if labels.min() < 0:
+        self._named = "y" if np.issubdtype(labels.dtype, np.floating) else "label"
+        if self._named == "label" and labels.min() < 0:
             raise BadInput(
                 f"row {int(labels.argmin())} has label {labels.min()}; labels are "
                 "positions in the task's classes"
@@ -87,6 +101,9 @@ class Buckets:
         self.rows = {int(b): np.flatnonzero(which == b) for b in np.unique(which)}
         self.lengths = tuple(self.rows)
         self._labels = np.asarray(labels, np.int32)
+        if self._named == "y":
+            # As a model gives them: one output per row.
+            self._labels = np.asarray(labels, np.float32)[:, None]
         self._padded = {b: _pad(tokens, rows, b) for b, rows in self.rows.items()}
 
     def gather(
@@ -102,21 +119,23 @@ class Buckets:
           positions: Positions among the rows of the bucket.
           real: Which of them count; the others are copies that only fill the batch.
         """
-        ids, lengths = self._padded[bucket]
+        ids, lengths, types = self._padded[bucket]
         rows = self.rows[bucket][positions]
         steps = np.arange(bucket).reshape((1,) * positions.ndim + (bucket,))
         real = np.broadcast_to(real, positions.shape)
+        told = {} if types is None else {"type_ids": types[positions]}
         return {
+            **told,
             "ids": ids[positions],
             "mask": steps < lengths[positions][..., None],
-            "label": self._labels[rows],
+            self._named: self._labels[rows],
             "weight": real.astype(np.float32),
             "index": np.where(real, rows, -1).astype(np.int32),
         }
 
     def report(self) -> dict[str, Any]:
         """Rows per bucket, truncated rows and the share of padding, for the record."""
-        used = sum(int(lengths.sum()) for _, lengths in self._padded.values())
+        used = sum(int(lengths.sum()) for _, lengths, _ in self._padded.values())
         room = sum(bucket * len(rows) for bucket, rows in self.rows.items())
         return {
             "rows_per_bucket": {str(b): len(rows) for b, rows in self.rows.items()},
@@ -127,15 +146,20 @@ class Buckets:
 
 def _pad(
     tokens: Tokens, rows: np.ndarray, bucket: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(padded ids, lengths) of some rows; too long ones keep their closing tokens."""
-    ids = np.full((len(rows), bucket), tokens.pad_id, np.int32)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(padded ids, lengths, types) of rows; too long ones keep their closing tokens."""
     lengths = np.minimum(tokens.lengths[rows], bucket)
-    for position, row in enumerate(rows.tolist()):
-        content = tokens.row(row)
-        if len(content) > bucket:
-            body = bucket - tokens.num_suffix
-            end = content[len(content) - tokens.num_suffix :]
-            content = np.concatenate([content[:body], end])
-        ids[position, : len(content)] = content
-    return ids, lengths
+    body = bucket - tokens.num_suffix
+
+    def padded(values: np.ndarray, fill: int) -> np.ndarray:
+        found = np.full((len(rows), bucket), fill, np.int32)
+        for position, row in enumerate(rows.tolist()):
+            content = values[tokens.offsets[row] : tokens.offsets[row + 1]]
+            if len(content) > bucket:
+                end = content[len(content) - tokens.num_suffix :]
+                content = np.concatenate([content[:body], end])
+            found[position, : len(content)] = content
+        return found
+
+    types = None if tokens.types is None else padded(tokens.types, 0)
+    return padded(tokens.ids, tokens.pad_id), lengths, types

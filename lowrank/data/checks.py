@@ -82,7 +82,8 @@ def _check_rows(task: Task, name: str, split: Split) -> None:
             f"{int(split.labels[row])}.{hint} Leave these rows out, or choose another "
             "split."
         )
-    blank = [n for n, text in enumerate(split.texts) if not text.strip()]
+    either = zip(split.texts, split.pairs or split.texts, strict=True)
+    blank = [n for n, both in enumerate(either) if not all(map(str.strip, both))]
     if blank:
         names = ", ".join(repr(split.ids[n]) for n in blank[:_SHOWN])
         raise BadInput(
@@ -106,7 +107,7 @@ def _describe(task: Task, split: Split) -> dict[str, Any]:
     counts = np.bincount(split.labels, minlength=len(task.classes))
     present = counts[counts > 0]
     absent = [task.classes[c] for c in np.flatnonzero(counts == 0)]
-    texts = Counter(map(_same, split.texts))
+    texts = Counter(_contents(split))
     return {
         "rows": len(split),
         "classes": len(present),
@@ -123,7 +124,7 @@ def _describe(task: Task, split: Split) -> dict[str, Any]:
 
 
 def _overlap(task: Task, max_overlap: float) -> dict[str, Any]:
-    texts = {name: set(map(_same, split.texts)) for name, split in task.splits.items()}
+    texts = {name: {*_contents(split)} for name, split in task.splits.items()}
     found: dict[str, Any] = {}
     for known, judged in (
         ("train", "validation"),
@@ -133,7 +134,7 @@ def _overlap(task: Task, max_overlap: float) -> dict[str, Any]:
         if known not in texts or judged not in texts:
             continue
         split = task.splits[judged]
-        rows = [n for n, text in enumerate(split.texts) if _same(text) in texts[known]]
+        rows = [n for n, one in enumerate(_contents(split)) if one in texts[known]]
         share = len(rows) / len(split)
         examples = [split.ids[n] for n in rows[:_SHOWN]]
         found[f"{judged}_in_{known}"] = {
@@ -151,5 +152,8 @@ def _overlap(task: Task, max_overlap: float) -> dict[str, Any]:
     return found
 
 
-def _same(text: str) -> str:
-    return text.strip().casefold()
+def _contents(split: Split) -> list[tuple[str, ...]]:
+    """What a row says: equal for rows that differ in letter case and outer spaces."""
+    columns = [split.texts] if split.pairs is None else [split.texts, split.pairs]
+    same = lambda text: text.strip().casefold()
+    return [tuple(map(same, row)) for row in zip(*columns, strict=True)]

@@ -18,7 +18,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import digest
@@ -44,7 +44,7 @@ class TrainPipeline:
     def __init__(
         self,
         tokens: Tokens,
-        labels: Int[np.ndarray, " rows"],
+        labels: Int[np.ndarray, " rows"] | Float[np.ndarray, " rows"],
         *,
         batching: Batching,
         trial_seeds: Sequence[int],
@@ -57,7 +57,7 @@ class TrainPipeline:
 
         Args:
           tokens: The train split.
-          labels: Its labels.
+          labels: Its labels: classes, or numbers ("y" in batches).
           batching: Batch size, buckets and data seed.
           trial_seeds: One per trial.
           num_epochs: How long to train, or
@@ -91,8 +91,9 @@ class TrainPipeline:
         self.steps_per_epoch = len(plan)
         self.num_steps = self._total(num_epochs, num_steps)
         self._epoch = functools.lru_cache(maxsize=2)(self._draw)
+        integer = np.issubdtype(labels.dtype, np.integer)
         self._labels_digest = hashlib.sha256(
-            np.ascontiguousarray(labels, "<i4").tobytes()
+            np.ascontiguousarray(labels, "<i4" if integer else "<f8").tobytes()
         ).hexdigest()
         self._tokens_fingerprint = tokens.fingerprint
 
@@ -218,7 +219,9 @@ class TrainPipeline:
 
 
 def eval_batches(
-    tokens: Tokens, labels: Int[np.ndarray, " rows"], batching: Batching
+    tokens: Tokens,
+    labels: Int[np.ndarray, " rows"] | Float[np.ndarray, " rows"],
+    batching: Batching,
 ) -> Iterator[Batch]:
     """Batches of a split for evaluation: fixed order, every row exactly once.
 

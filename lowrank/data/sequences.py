@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lowrank.core.errors import BadInput
+from lowrank.core.spec import spec
 from lowrank.data import order
 from lowrank.data.buckets import Batch
 
@@ -21,6 +22,27 @@ from lowrank.data.buckets import Batch
 ORDER_VERSION = 1
 #: A stream of its own beside those of `data.pipeline` and `data.rows`.
 _STREAM = 4
+
+
+@spec
+class Sequences:
+    """How questions and answers become batches.
+
+    Attributes:
+      batch_size: Rows per batch.
+      length: Tokens of a row, and of the longest sequence.
+      together: Whether sequences share a row where they fit; no number depends on it
+        but those of the batches.
+    """
+
+    batch_size: int = 8
+    length: int = 256
+    together: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "length"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 class SequencePipeline:

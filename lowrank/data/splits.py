@@ -27,18 +27,22 @@ class Split:
       labels: Positions in the task's `classes`.
       groups: Rows of one group are not independent (one template, one document);
         None where rows are.
+      pairs: The second text of each row, where two are judged together; None where
+        one is.
     """
 
     ids: tuple[str, ...]
     texts: tuple[str, ...]
     labels: Int32[np.ndarray, " rows"]
     groups: tuple[str, ...] | None = None
+    pairs: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = {"ids": len(self.ids), "texts": len(self.texts)}
         sizes["labels"] = len(self.labels)
-        if self.groups is not None:
-            sizes["groups"] = len(self.groups)
+        for name in ("groups", "pairs"):
+            if (column := getattr(self, name)) is not None:
+                sizes[name] = len(column)
         if len(set(sizes.values())) > 1:
             raise BadInput(f"the columns of a split differ in length: {sizes}")
 
@@ -47,12 +51,13 @@ class Split:
 
     def take(self, rows: Sequence[int]) -> "Split":
         """The split with only `rows`, in the order given."""
-        groups = self.groups
+        own = lambda column: column and tuple(column[row] for row in rows)
         return Split(
             tuple(self.ids[row] for row in rows),
             tuple(self.texts[row] for row in rows),
             self.labels[np.asarray(rows, np.int64)],
-            None if groups is None else tuple(groups[row] for row in rows),
+            own(self.groups),
+            own(self.pairs),
         )
 
     def fingerprint(self) -> str:
@@ -64,6 +69,10 @@ class Split:
                 data = value.encode()
                 digest.update(f"{len(data)}\0".encode() + data)
         digest.update(np.ascontiguousarray(self.labels, "<i4").tobytes())
+        # Nothing is added where there are none: data sets keep their names.
+        for value in self.pairs or ():
+            data = value.encode()
+            digest.update(f"{len(data)}\0".encode() + data)
         return digest.hexdigest()
 
 
@@ -110,26 +119,26 @@ def make_task(
 
 def as_split(name: str, columns: Mapping[str, Sequence[Any]]) -> Split:
     """A split from columns; rows without an id are numbered."""
-    groups = columns.get("group")
+    column = lambda name: tuple(columns[name]) if columns.get(name) else None
     numbered = [f"{name}/{n}" for n in range(len(columns["text"]))]
     return Split(
         tuple(columns.get("id") or numbered),
         tuple(columns["text"]),
         np.asarray(columns["label"], np.int32),
-        None if groups is None else tuple(groups),
+        column("group"),
+        column("pair"),
     )
 
 
 def merge(first: Split, second: Split) -> Split:
     """The rows of both, `first` before `second`."""
-    groups = None
-    if first.groups is not None and second.groups is not None:
-        groups = first.groups + second.groups
+    both = lambda one, other: one + other if one and other else None
     return Split(
         first.ids + second.ids,
         first.texts + second.texts,
         np.concatenate([first.labels, second.labels]),
-        groups,
+        both(first.groups, second.groups),
+        both(first.pairs, second.pairs),
     )
 
 

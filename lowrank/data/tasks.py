@@ -2,7 +2,9 @@
 
 ``data=intents`` is made by this package, ``data=table`` reads the user's files and
 ``data=tfds`` any data set that TFDS has prepared. All end in the same `Task`, whose
-fingerprint says whether two runs saw the same rows in the same splits.
+fingerprint says whether two runs saw the same rows in the same splits. The catalogue
+has the other sources as well: of questions (`data.questions`, `data.choices`), of plain
+texts (`data.passages`) and of texts with a number (`data.numbers`).
 """
 
 import dataclasses
@@ -10,11 +12,15 @@ import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.builders import files, intents, registered, table
+from lowrank.data.choices import CATALOGUE as CHOICES
+from lowrank.data.numbers import CATALOGUE as NUMBERS
+from lowrank.data.passages import CATALOGUE as PASSAGES
+from lowrank.data.questions import CATALOGUE as QUESTIONS
 from lowrank.data.splits import Split as Split
 from lowrank.data.splits import Task as Task
 from lowrank.data.splits import as_split, cut_missing, make_task, merge, subsample
@@ -34,6 +40,8 @@ class TaskSpec:
       max_rows: At most so many training rows, at least one of each class.
       sample_seed: Which training rows these are; a smaller sample is part of a larger.
     """
+
+    kind: ClassVar[str] = "classes"
 
     train_on_validation: bool = False
     rows_per_class: int | None = None
@@ -170,6 +178,7 @@ class TableData(TaskSpec):
       id: Column of the row's name, unique over all splits.
       group: Column of what makes rows dependent, as their document; no group is cut
         through.
+      pair: Column of a second text, where two are judged together.
       encoding: Of the text files.
       separator: Between columns; a comma, or a tab in a .tsv file, if None.
       header: Column names of a file that does not begin with them.
@@ -188,6 +197,7 @@ class TableData(TaskSpec):
     label: str = "label"
     id: str | None = None
     group: str | None = None
+    pair: str | None = None
     encoding: Literal["utf-8", "latin-1"] = "utf-8"
     separator: str | None = None
     header: Sequence[str] | None = None
@@ -203,10 +213,10 @@ class TableData(TaskSpec):
     def reading(self) -> files.Reading:
         """How the files are read."""
         header = None if self.header is None else tuple(self.header)
-        names = [field.name for field in dataclasses.fields(files.Reading)]
+        names = {field.name for field in dataclasses.fields(files.Reading)}
+        own = names - {"header", "numbers"}
         return files.Reading(
-            **{name: getattr(self, name) for name in names if name != "header"},
-            header=header,
+            **{name: getattr(self, name) for name in own}, header=header
         )
 
     def load(self, data_dir: Path | None = None) -> Task:
@@ -291,6 +301,7 @@ class TfdsData(TaskSpec):
       label: Feature with the label, a ClassLabel.
       id: Feature with the row's name, or None.
       group: Feature with the group, or None.
+      pair: Feature with a second text, or None.
       validation_share: Part of train that is cut off for a missing validation split.
       test_share: Part of train that is cut off, first, for a missing test split.
       seed: Which rows are cut off.
@@ -308,6 +319,7 @@ class TfdsData(TaskSpec):
     label: str = "label"
     id: str | None = None
     group: str | None = None
+    pair: str | None = None
     validation_share: float = 0.15
     test_share: float = 0.2
     seed: int = 0
@@ -331,7 +343,7 @@ class TfdsData(TaskSpec):
         )
         columns = {
             ours: theirs
-            for ours in ("text", "label", "id", "group")
+            for ours in ("text", "label", "id", "group", "pair")
             if (theirs := getattr(self, ours)) is not None
         }
         wanted = {split: getattr(self, split) for split in ("train", *_OPTIONAL)}
@@ -350,10 +362,14 @@ class TfdsData(TaskSpec):
 
 _OPTIONAL = ("validation", "test")
 
-CATALOGUE: dict[str, type[TaskSpec]] = {
+CATALOGUE: dict[str, type[Any]] = {
     "intents": IntentsData,
     "table": TableData,
     "tfds": TfdsData,
+    **QUESTIONS,
+    **CHOICES,
+    **PASSAGES,
+    **NUMBERS,
 }
 
 

@@ -44,6 +44,7 @@ class Tokens:
       num_suffix: Special tokens that close every row, as [SEP]; they survive a cut.
       pad_id: Fills batches; masked, so its value has no effect.
       fingerprint: sha256 of tokenizer, data, rows and `max_length`.
+      types: Which text of a pair each id belongs to, 0 or 1; None of single texts.
     """
 
     ids: Int32[np.ndarray, " tokens"]
@@ -53,6 +54,7 @@ class Tokens:
     num_suffix: int
     pad_id: int
     fingerprint: str
+    types: Int32[np.ndarray, " tokens"] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -157,9 +159,13 @@ def _encode(
 ) -> Tokens:
     private.enable_truncation(max_length)
     rows: list[np.ndarray] = []
+    types: list[np.ndarray] = []
     num_truncated, num_suffix = 0, 0
     for first in range(0, len(split), _BATCH):
-        texts = list(split.texts[first : first + _BATCH])
+        texts: list[Any] = list(split.texts[first : first + _BATCH])
+        if split.pairs is not None:
+            pairs = split.pairs[first : first + _BATCH]
+            texts = list(zip(texts, pairs, strict=True))
         try:
             encodings = private.encode_batch(texts)
         except Exception as error:
@@ -178,6 +184,7 @@ def _encode(
                 )
             num_suffix = _num_suffix(encoding.special_tokens_mask)
             rows.append(np.asarray(encoding.ids, np.int32))
+            types.append(np.asarray(encoding.type_ids, np.int32))
             num_truncated += bool(encoding.overflowing)
     lengths = np.array([len(row) for row in rows], np.int64)
     return Tokens(
@@ -188,6 +195,7 @@ def _encode(
         num_suffix=num_suffix,
         pad_id=pad_id,
         fingerprint=key,
+        types=None if split.pairs is None else np.concatenate(types),
     )
 
 
@@ -213,8 +221,9 @@ def _save(path: Path, tokens: Tokens) -> None:
     facts = {
         field.name: getattr(tokens, field.name)
         for field in dataclasses.fields(tokens)
-        if field.name not in ("ids", "offsets")
+        if field.name not in ("ids", "offsets", "types")
     }
+    types: dict[str, Any] = {} if tokens.types is None else {"types": tokens.types}
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +233,7 @@ def _save(path: Path, tokens: Tokens) -> None:
                 file,
                 ids=tokens.ids,
                 offsets=tokens.offsets,
+                **types,
                 facts=np.frombuffer(json.dumps(facts).encode(), np.uint8),
             )
             file.flush()
@@ -248,7 +258,8 @@ def _load(path: Path, key: str) -> Tokens | None:
         with np.load(path, allow_pickle=False) as stored:
             facts = json.loads(stored["facts"].tobytes())
             ids, offsets = stored["ids"], stored["offsets"]
-        tokens = Tokens(ids=ids, offsets=offsets, **facts)
+            types = stored["types"] if "types" in stored.files else None
+        tokens = Tokens(ids=ids, offsets=offsets, types=types, **facts)
         if tokens.fingerprint != key:
             raise ValueError("it holds other rows than its name says")
         return tokens

@@ -43,7 +43,7 @@ class TokenSums:
         """Every number with its interval, as JSON types; see `stats.bootstrap`."""
         names = None if groups is None else np.asarray(groups)
         values = {
-            "loss": lambda sums, whole: sums[..., 0] / sums[..., 1],
+            "loss": _loss,
             "perplexity": lambda sums, whole: np.exp(sums[..., 0] / sums[..., 1]),
             "accuracy": lambda sums, whole: sums[..., 2] / sums[..., 1],
         }
@@ -51,6 +51,24 @@ class TokenSums:
             name: stats.bootstrap(self.terms, value, groups=names, **options).json()
             for name, value in values.items()
         }
+
+    def rise(
+        self, base: "TokenSums", groups: Sequence[str] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """The mean loss minus that of another model on the same rows, in nats.
+
+        With an interval of the difference, as JSON types; see `stats.bootstrap`.
+        """
+        rows = np.arange(len(self.terms))
+        names = None if groups is None else np.asarray(groups)
+        return stats.paired_bootstrap(
+            self.terms, base.terms, _loss, ids=(rows, rows), groups=names, **options
+        ).json()
+
+
+def _loss(sums: Any, whole: Any) -> Any:
+    del whole
+    return sums[..., 0] / sums[..., 1]
 
 
 def score_tokens(

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,9 +39,11 @@ class Reading:
     Attributes:
       format: "csv", "jsonl", "parquet", "lines", or "auto" for the suffix's.
       text: Column of the text.
-      label: Column of the label.
+      label: Column of the label; None where rows have none.
       id: Column of the row's name, or None to number the rows.
       group: Column of the group, or None.
+      pair: Column of a second text, or None.
+      numbers: Whether labels are finite numbers and not names.
       encoding: "utf-8" or "latin-1".
       separator: Between the columns of csv and lines; the format's own if None.
       header: Names of the columns of a file that does not begin with them.
@@ -49,16 +52,19 @@ class Reading:
 
     format: str = "auto"
     text: str = "text"
-    label: str = "label"
+    label: str | None = "label"
     id: str | None = None
     group: str | None = None
     encoding: str = "utf-8"
     separator: str | None = None
     header: tuple[str, ...] | None = None
     label_pattern: str | None = None
+    pair: str | None = None
+    numbers: bool = False
 
     def __post_init__(self) -> None:
-        names = [n for n in (self.text, self.label, self.id, self.group) if n]
+        given = (self.text, self.label, self.id, self.group, self.pair)
+        names = [name for name in given if name]
         if len(set(names)) < len(names):
             raise BadInput(f"data: one column is given two parts, in {names}")
         if self.header is not None and len(set(self.header)) < len(self.header):
@@ -110,8 +116,9 @@ class Columns:
     Attributes:
       ids: Given names, or None.
       texts: Texts, none empty.
-      labels: Names of the labels, none empty.
+      labels: Names of the labels, none empty; empty where rows have none.
       groups: Groups, or None.
+      pairs: Second texts, none empty, or None.
       places: ``file:line`` of each row, for messages.
     """
 
@@ -120,6 +127,7 @@ class Columns:
     labels: list[str]
     groups: list[str] | None
     places: list[str]
+    pairs: list[str] | None = None
 
 
 def read_columns(files: Sequence[tuple[Path, bytes]], reading: Reading) -> Columns:
@@ -128,7 +136,7 @@ def read_columns(files: Sequence[tuple[Path, bytes]], reading: Reading) -> Colum
     Raises:
       BadInput: Anything is missing, empty or malformed; names file and lines.
     """
-    wanted = [reading.text, reading.label, reading.id, reading.group]
+    wanted = [reading.text, reading.label, reading.id, reading.group, reading.pair]
     values: dict[str, list[Any]] = {name: [] for name in wanted if name}
     places: list[str] = []
     for path, content in files:
@@ -142,17 +150,18 @@ def read_columns(files: Sequence[tuple[Path, bytes]], reading: Reading) -> Colum
         if len(places) == count:
             raise BadInput(f"{path} has column names but no rows")
     text = _named(values, places, reading.text, "text", _as_text)
-    label = _named(values, places, reading.label, "label")
+    convert = _as_number if reading.numbers else _as_name
+    label = _named(values, places, reading.label, "label", convert)
     assert text is not None
-    assert label is not None
-    if reading.label_pattern is not None:
+    if reading.label_pattern is not None and label is not None:
         label = _match(label, places, reading.pattern())
     return Columns(
         ids=_named(values, places, reading.id, "id"),
         texts=text,
-        labels=label,
+        labels=label or [],
         groups=_named(values, places, reading.group, "group"),
         places=places,
+        pairs=_named(values, places, reading.pair, "pair", _as_text),
     )
 
 
@@ -302,6 +311,17 @@ def _as_name(value: Any) -> str | None:
         return None
     usable = len(value) <= MAX_LABEL_LENGTH and _is_unicode(value)
     return value.strip() if usable else None
+
+
+def _as_number(value: Any) -> str | None:
+    """A finite number, told so that no digit is lost."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return repr(number) if math.isfinite(number) else None
 
 
 def _is_unicode(value: str) -> bool:

@@ -103,7 +103,7 @@ def read_builder(
     Args:
       builder: Prepared.
       splits: Our name -> theirs; None for the one of our name, if there is one.
-      columns: "text", "label", and perhaps "id" and "group" -> feature.
+      columns: "text", "label", and perhaps "id", "group" and "pair" -> feature.
 
     Raises:
       UnknownName: No such split or feature.

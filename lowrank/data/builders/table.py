@@ -23,7 +23,7 @@ _SHOWN = 5
 class Table(tfds.core.GeneratorBasedBuilder):
     """Rows of the user's files as a TFDS data set.
 
-    Features: `id`, `text`, `label` and, where there are groups, `group`.
+    Features: `id`, `text`, `label` and, where there are such, `group` and `pair`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -50,6 +50,8 @@ class Table(tfds.core.GeneratorBasedBuilder):
         }
         if _grouped(self._columns):
             features["group"] = tfds.features.Text()
+        if any(one.pairs is not None for one in self._columns.values()):
+            features["pair"] = tfds.features.Text()
         return tfds.core.DatasetInfo(
             builder=self,
             description="Rows of the user's own files.",
@@ -71,6 +73,8 @@ class Table(tfds.core.GeneratorBasedBuilder):
             }
             if _grouped(self._columns) and columns.groups is not None:
                 row["group"] = columns.groups[number]
+            if columns.pairs is not None:
+                row["pair"] = columns.pairs[number]
             yield number, row
 
     def _post_download_and_prepare_hook(self) -> None:
@@ -132,7 +136,10 @@ def _unique_ids(columns: Mapping[str, Columns]) -> None:
 
 
 def locate(
-    path: str | None, given: Mapping[str, Sequence[str]]
+    path: str | None,
+    given: Mapping[str, Sequence[str]],
+    name: str = "table",
+    suffixes: Sequence[str] = tuple(SUFFIXES),
 ) -> dict[str, list[Path]]:
     """The files of each split.
 
@@ -140,6 +147,8 @@ def locate(
       path: A file, which is then the train split, or a folder: files given are looked
         up in it, and without any given those called train, validation and test.
       given: split -> files.
+      name: Of the source of data, for messages.
+      suffixes: Of the files that are looked for in a folder.
 
     Returns:
       {split: files}, with train, without splits that have no file.
@@ -163,24 +172,24 @@ def locate(
             if files:
                 found[split] = files
     elif path is None:
-        raise BadInput("data=table needs data.path= or data.train=")
+        raise BadInput(f"data={name} needs data.path= or data.train=")
     elif base.is_file():
         found["train"] = [base]
     else:
-        found = _in_folder(base)
+        found = _in_folder(base, suffixes)
     if "train" not in found:
-        raise BadInput("data=table has no train file; say data.train= or data.path=")
+        raise BadInput(f"data={name} has no train file; say data.train= or data.path=")
     _check_files(found)
     return found
 
 
-def _in_folder(folder: Path) -> dict[str, list[Path]]:
+def _in_folder(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for split, stems in STEMS.items():
         files = sorted(
             file
             for file in folder.iterdir()
-            if file.stem.lower() in stems and file.suffix.lower() in SUFFIXES
+            if file.stem.lower() in stems and file.suffix.lower() in suffixes
         )
         if len(files) > 1:
             raise BadInput(

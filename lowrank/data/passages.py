@@ -1,0 +1,164 @@
+"""Texts as they are, for language models: documents, and the windows they are read in.
+
+``data=text`` reads the user's files. A document is on one side of every split; a long
+one is cut into windows, and every token but its first is predicted exactly once.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from lowrank.core.errors import BadInput
+from lowrank.core.spec import spec
+from lowrank.data.builders import files, table
+from lowrank.data.splits import Split, Task, cut_missing, make_task
+from lowrank.data.talk import Spoken
+
+_SPLITS = ("train", "validation", "test")
+#: Suffixes of files that are text and nothing else.
+PLAIN = (".txt", ".md")
+
+
+@spec
+class TextData:
+    """The user's own texts: plain files, JSON lines, CSV or Parquet.
+
+    Attributes:
+      path: A file, which is then cut into splits, or a folder with files called
+        train, validation (valid, val, dev) and test.
+      format: Read from the suffix if "auto"; .txt and .md are plain.
+      text: Column of the text; not of plain files.
+      separator: What stands between two documents of a plain file.
+      validation_share: Part of train that is cut off where no validation is given.
+      test_share: Part of train that is cut off, first, where no test is given.
+      seed: Which documents are cut off.
+    """
+
+    kind: ClassVar[str] = "text"
+
+    path: str
+    format: Literal["auto", "plain", "csv", "jsonl", "parquet"] = "auto"
+    text: str = "text"
+    separator: str = "\n\n"
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("validation_share", "test_share"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise BadInput(
+                    f"data.{name} must lie between 0 and 1, not {getattr(self, name)}"
+                )
+        if not self.separator:
+            raise BadInput("data.separator must not be empty: it ends a document")
+        if not 0 <= self.seed < 2**31:
+            raise BadInput(f"data.seed must be from 0 to 2**31 - 1, not {self.seed}")
+
+    def load(self, data_dir: Path | None = None) -> Task:
+        """The documents, cut into splits; a task without classes.
+
+        Args:
+          data_dir: Not used: what is read is read again.
+
+        Raises:
+          BadInput: A file is missing or wrong, or there are too few documents.
+        """
+        del data_dir
+        found = table.locate(
+            self.path, {name: [] for name in _SPLITS}, "text", (*files.SUFFIXES, *PLAIN)
+        )
+        splits, hashes = {}, {}
+        for split, paths in found.items():
+            contents = [(path, path.read_bytes()) for path in paths]
+            texts = self._texts(contents)
+            ids = tuple(f"{split}/{number}" for number in range(len(texts)))
+            none = np.zeros(len(texts), np.int32)
+            # A document is a group: its windows depend on each other.
+            splits[split] = Split(ids, tuple(texts), none, ids)
+            hashes[split] = [
+                {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+                for path, content in contents
+            ]
+        shares = self.validation_share, self.test_share, self.seed
+        splits, notes = cut_missing(splits, *shares)
+        notes = {"source": "files", "files": hashes, **notes}
+        return make_task(f"text/{Path(self.path).stem}", (), splits, notes)
+
+    def _texts(self, contents: Sequence[tuple[Path, bytes]]) -> list[str]:
+        plain = self.format == "plain" or (
+            self.format == "auto" and contents[0][0].suffix.lower() in PLAIN
+        )
+        if plain:
+            return [
+                text
+                for path, content in contents
+                for text in documents(path, content, self.separator)
+            ]
+        reading = files.Reading(format=self.format, text=self.text, label=None)
+        return files.read_columns(contents, reading).texts
+
+
+def documents(path: Path, content: bytes, separator: str = "\n\n") -> list[str]:
+    """The documents of a plain file.
+
+    Raises:
+      BadInput: It is empty, or not UTF-8.
+    """
+    try:
+        whole = content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path} is not UTF-8: byte {error.start} is "
+            f"0x{content[error.start]:02x}; save it as UTF-8"
+        ) from None
+    found = [text.strip() for text in whole.split(separator) if text.strip()]
+    if not found:
+        raise BadInput(f"{path} holds no text; leave it out, or fill it")
+    return found
+
+
+def windows(
+    tokenizer: Any,
+    rows: Split,
+    length: int,
+    *,
+    begin: int | None = None,
+    end: int | None = None,
+) -> tuple[Spoken, tuple[str, ...], tuple[str, ...]]:
+    """Documents as tokens, in windows of at most `length` predicted tokens.
+
+    Args:
+      tokenizer: A `tokenizers.Tokenizer`.
+      rows: The documents.
+      length: Most tokens that a window predicts.
+      begin: The token that every text begins with; None: none does.
+      end: The token that ends a document; None: none does.
+
+    Returns:
+      The windows, their names, and the document of each.
+
+    Raises:
+      BadInput: No document has two tokens.
+    """
+    pieces: list[np.ndarray] = []
+    ids: list[str] = []
+    groups: list[str] = []
+    first = [] if begin is None else [begin]
+    last = [] if end is None else [end]
+    for name, text in zip(rows.ids, rows.texts, strict=True):
+        own = tokenizer.encode(text, add_special_tokens=False).ids
+        whole = np.array([*first, *own, *last], np.int32)
+        for number, start in enumerate(range(0, len(whole) - 1, length)):
+            pieces.append(whole[start : start + length + 1])
+            ids.append(f"{name}#{number}")
+            groups.append(name)
+    if not pieces:
+        raise BadInput("no text has two tokens, so none can be predicted; give longer")
+    return Spoken(tuple(pieces), (1,) * len(pieces)), tuple(ids), tuple(groups)
+
+
+CATALOGUE: Mapping[str, type[TextData]] = {"text": TextData}
