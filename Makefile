@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 NEWEST ?= python3.13
 
-.PHONY: demo test test-slow test-full test-faults test-engines docs-faults test-newest parity foreign docs-models notebooks lint bench bench-sweep clean
+.PHONY: demo test test-slow test-full test-faults test-engines docs-faults test-newest parity foreign docs-models notebooks lint bench bench-sweep bench-decoder clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -91,6 +91,10 @@ bench: $(VENV)/.parity
 # Many short trials: a process each, one by one, packed, halved, and PEFT.
 bench-sweep: $(VENV)/.parity
 	$(BIN)/python -m experiments.bench.sweep
+
+# A language model's training step and generation beside PEFT and transformers.
+bench-decoder: $(VENV)/.parity
+	$(BIN)/python -m experiments.bench.decoder
 
 clean:
 	rm -rf $(VENV) build dist

@@ -21,10 +21,16 @@ from lowrank.core.spec import plain
 #: What a child process runs.
 MODULE = "experiments.bench.child"
 ARMS = ("lora", "by_hand", "by_autodiff", "peft", "peft_huge", "full")
+#: Those of `bench.decoder`.
+DECODERS = ("decoder", "decoder_peft", "speaker", "speaker_peft")
+#: Others' programs, which run as their users run them.
+OTHERS = ("peft", "decoder_peft", "speaker_peft")
 
 
 def build(arm: str, setting: Setting) -> Arm:
     """Makes an arm; imports what it needs and nothing else."""
+    if arm in DECODERS:
+        return _decoder(arm, setting)
     if arm.startswith("peft"):
         from experiments.bench.peers import Peft
 
@@ -42,6 +48,23 @@ def build(arm: str, setting: Setting) -> Arm:
     # No arm reads text, and the one on torch holds no tokenizer either.
     object.__setattr__(base, "tokenizer", None)
     return makers[arm](setting, base)
+
+
+def _decoder(arm: str, setting: Setting) -> Arm:
+    if arm.endswith("_peft"):
+        from experiments.bench import peer_decoders as peers
+
+        return {
+            "decoder_peft": peers.PeftDecoder,
+            "speaker_peft": peers.PeftSpeaker,
+        }[arm](setting)
+    from experiments.bench import decoders
+    from lowrank.io import language
+
+    base = language.load(setting.base)
+    return {"decoder": decoders.Decoder, "speaker": decoders.Speaker}[arm](
+        setting, base
+    )
 
 
 def serve(arm: Arm, commands: TextIO, answers: TextIO) -> None:
@@ -114,8 +137,7 @@ class Child:
             env={
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
-                # Others' programs run as their users run them.
-                SWITCH: "0" if arm == "peft" else "1",
+                SWITCH: "0" if arm in OTHERS else "1",
                 **(environment or {}),
             },
         )

@@ -18,6 +18,7 @@ from lowrank.core.trees import flatten
 from lowrank.data.pipeline import TrainPipeline
 from lowrank.evaluate.score import numbers, score_trials
 from lowrank.run.forward import Forward, inputs_of, on_inputs
+from lowrank.run.labeled import batching_of
 from lowrank.run.prepare import prepare_pack
 from lowrank.sharding import batch_shapes, place_batch, replicate
 from lowrank.train import state as states
@@ -49,9 +50,9 @@ def run(grid: Grid) -> dict[str, Any]:
     pack, found, losses = None, [], []
     for number, trial in enumerate(trials):
         batches = TrainPipeline(
-            first.tokens["train"],
-            first.task.splits["train"].labels,
-            batching=trial.batching,
+            first.labeled.tokens["train"],
+            first.labeled.task.splits["train"].labels,
+            batching=batching_of(trial),
             trial_seeds=(trial.seed,),
             num_epochs=trial.optim.epochs,
         )
@@ -70,7 +71,7 @@ def run(grid: Grid) -> dict[str, Any]:
         (scored,) = score_trials(
             lambda batch, s=state: forward(s.trained, s.dials, batch),
             validation,
-            first.task.classes,
+            first.labeled.task.classes,
             progress=False,
         )
         found.append(numbers(scored))
@@ -91,9 +92,9 @@ def export(grid: Grid) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
     for seed in {trial.seed for trial in trials}:
         batches = TrainPipeline(
-            prepared.tokens["train"],
-            prepared.task.splits["train"].labels,
-            batching=trials[0].batching,
+            prepared.labeled.tokens["train"],
+            prepared.labeled.task.splits["train"].labels,
+            batching=batching_of(trials[0]),
             trial_seeds=(seed,),
             num_epochs=trials[0].optim.epochs,
         )

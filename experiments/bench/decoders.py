@@ -1,0 +1,150 @@
+"""The project's own arms of `bench.decoder`: a training step, and generation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench.factors import draw_factors, draw_tokens
+from experiments.bench.setting import Setting
+from lowrank.adapt.attach import Adapted, attach
+from lowrank.adapt.rules import Rule
+from lowrank.core.trees import count
+from lowrank.cost.count import jaxpr_flops
+from lowrank.deltas.lora import LoRA
+from lowrank.io.adapter import Adapter, Correction, spread
+from lowrank.io.language import Language
+from lowrank.models.generation import generate
+from lowrank.run.language import INPUTS
+from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
+from lowrank.train import state as states
+from lowrank.train.losses import next_token
+from lowrank.train.optim import AdamW
+from lowrank.train.pack import Pack
+from lowrank.train.step import make_step
+
+SITES = "decoder/**/{query,key,value,output,gate,up,down,qkv}/kernel"
+#: Steps of a schedule that never ends: the rate is constant.
+NUM_STEPS = 100_000
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model of sequences reads of a batch."""
+    return {name: batch[name] for name in INPUTS}
+
+
+def batch_of(setting: Setting, vocab_size: int) -> dict[str, np.ndarray]:
+    """Rows without padding; the last token of each is only ever a label."""
+    ids = draw_tokens(setting, vocab_size)
+    shape = ids.shape
+    weight = np.ones(shape, np.float32)
+    weight[:, -1] = 0
+    batch = {
+        "ids": ids,
+        "label": np.roll(ids, -1, axis=1),
+        "weight": weight,
+        "mask": np.ones(shape, bool),
+        "segments": np.zeros(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "index": np.arange(shape[0], dtype=np.int32),
+    }
+    return {name: np.ascontiguousarray(x)[None] for name, x in batch.items()}
+
+
+def corrected(setting: Setting, base: Language, batch: Mapping[str, Any]):
+    """The adapted model and its factors, which are those of every arm."""
+    example = inputs_of({name: value[0] for name, value in batch.items()})
+    rules = [Rule(SITES, LoRA(alpha=setting.alpha), rank=setting.rank)]
+    adapted = attach(base.scores, base.params, example, rules=rules)
+    own = {}
+    for path, site in adapted.sites.items():
+        stacked = bool(site.stacks)
+        for layer in range(site.num_layers):
+            name = base.family.module(path, layer if stacked else None)
+            a, b = draw_factors(setting, name, site.d_in, site.d_out)
+            own[name] = Correction(a, b, setting.alpha / setting.rank)
+    like = adapted.trained_shapes()
+    trained, _ = spread(Adapter(own, {}), like, adapted.dials(), base.family.kernel)
+    return adapted, trained
+
+
+class Decoder:
+    """A training step as the commands make it; see `bench.ours.PackOfOne`."""
+
+    def __init__(self, setting: Setting, base: Language):
+        self._batch = batch_of(setting, base.spec.vocab_size)
+        adapted, trained = corrected(setting, base, self._batch)
+        optim = AdamW(lr=setting.lr, clip=setting.clip, schedule="constant", warmup=0.0)
+        mesh = MeshSpec().build()
+        frozen = replicate(adapted.frozen(), mesh)
+
+        def model(frozen, trained, batch, dials, key):
+            own = inputs_of(batch)
+            return adapted.apply(frozen, trained, own, dials=dials, key=key)
+
+        state = states.start(
+            adapted.init_trained, adapted.dials(), [optim], [setting.seed],
+            adapted.leaves, roles=adapted.roles(),
+        )  # fmt: skip
+        state = state.replace(trained=jax.tree.map(lambda x: x[None], trained))
+        step = make_step(
+            model, next_token, optim, NUM_STEPS, adapted.draws, adapted.active,
+            roles=adapted.roles(),
+        )  # fmt: skip
+        shapes = batch_shapes(self._batch, mesh, 1)
+        self._state = replicate(state, mesh)
+        self._pack = Pack(
+            step, frozen, self._state, [shapes], lambda b: place_batch(b, mesh, 1), 1,
+            mesh,
+        )  # fmt: skip
+        program = lambda: (self._pack.packed, frozen, self._state, shapes)
+        self.facts: Mapping[str, Any] = {
+            "flops": lambda: jaxpr_flops(*program()).flops,
+            "compile_seconds": self._pack.compile_seconds,
+            "num_trained": count(trained),
+        }
+
+    def step(self) -> float:
+        self._state, metrics = self._pack(self._state, self._batch)
+        jax.block_until_ready(self._state)
+        return float(metrics["loss"][0])
+
+
+class Speaker:
+    """Generation with merged weights, the likeliest token each time."""
+
+    def __init__(self, setting: Setting, base: Language):
+        batch = batch_of(setting, base.spec.vocab_size)
+        adapted, trained = corrected(setting, base, batch)
+        self._params = _merged(adapted, trained)
+        prompts = {"ids": batch["ids"][0], "mask": batch["mask"][0]}
+        self._prompts = jax.tree.map(jnp.asarray, prompts)
+
+        @jax.jit
+        def said(params: Any, prompts: Any) -> Any:
+            ids, _ = generate(
+                lambda batch, cache: base.read(params, batch, cache),
+                prompts,
+                base.cache(setting.batch, 2 * setting.seq),
+                steps=setting.seq,
+                # No token ends a row: every arm says as many.
+                end=jnp.zeros((0,), jnp.int32),
+                pad=base.spec.pad_id,
+            )
+            return ids
+
+        self._said = said
+        self.facts: Mapping[str, Any] = {
+            "flops": None,
+            "compile_seconds": None,
+            "num_trained": 0,
+        }
+
+    def step(self) -> float:
+        return float(np.asarray(self._said(self._params, self._prompts))[:, 0].sum())
+
+
+def _merged(adapted: Adapted, trained: Any) -> Any:
+    return adapted.merge(adapted.frozen(), trained, adapted.dials())
