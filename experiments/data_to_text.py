@@ -14,50 +14,35 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from lowrank.adapt.attach import attach
 from lowrank.adapt.rules import Rule
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import check_fields, refuse_targets, spec
-from lowrank.data.answers import Answers, AnswerTask, make_task
-from lowrank.data.builders import rnnlg
+from lowrank.data.answers import Answers
 from lowrank.data.packing import one_by_one, packed
+from lowrank.data.questions import RnnlgData
 from lowrank.data.sequences import SequencePipeline, eval_rows
-from lowrank.data.talk import Talk
 from lowrank.deltas.lora import LoRA
 from lowrank.evaluate import texts
 from lowrank.evaluate.tokens import TokenSums, score_tokens
 from lowrank.io.adapter import collect
 from lowrank.io.files import write_json_atomically
 from lowrank.io.folders import check_free, write_model
-from lowrank.io.language import Language, load
+from lowrank.io.language import load
 from lowrank.io.peft import write_adapter
 from lowrank.io.sources import locate
-from lowrank.models.generation import generate
+from lowrank.run.answering import talk_of
 from lowrank.run.door import command
 from lowrank.run.fit import fit
 from lowrank.run.judges import OF_TOKENS
+from lowrank.run.language import INPUTS
+from lowrank.run.saying import Speaker
 from lowrank.train.guard import interruptible
 from lowrank.train.loop import LoopSpec
 from lowrank.train.losses import next_token
 from lowrank.train.optim import AdamW
-
-#: What a model of sequences reads of a batch.
-INPUTS = ("ids", "label", "mask", "positions", "segments")
-
-
-@spec
-class Data:
-    """Which rows; see `conf/data_to_text.yaml`."""
-
-    path: str
-    seed: int
-    train_rows: int | None
-    validation_rows: int | None
-    test_rows: int | None
 
 
 @spec
@@ -65,7 +50,7 @@ class Plan:
     """What is done; see `conf/data_to_text.yaml`."""
 
     base: str
-    data: Data
+    data: RnnlgData
     pattern: str
     rank: int
     alpha: float
@@ -84,72 +69,14 @@ class Plan:
     progress: bool
 
 
-def task_of(data: Data) -> AnswerTask:
-    """The questions and answers; every row of a test meaning knows all its answers."""
-    cut = rnnlg.cut(rnnlg.read(Path(data.path)), data.seed)
-    splits = {}
-    for name, rows in cut.items():
-        right: dict[str, list[str]] = {}
-        for key, _, sentence in rows:
-            right.setdefault(key, []).append(sentence)
-        taken = rows[: getattr(data, f"{name}_rows")]
-        splits[name] = Answers(
-            questions=tuple(rnnlg.QUESTION.format(meaning=row[1]) for row in taken),
-            answers=tuple(
-                (sentence, *(s for s in right[key] if s != sentence))
-                for key, _, sentence in taken
-            ),
-            groups=tuple(row[0] for row in taken),
-            ids=tuple(f"{name}-{number}" for number in range(len(taken))),
-        )
-    return make_task("rnnlg_laptop", splits, {"source": "RNNLG", "seed": data.seed})
-
-
-def say(
-    base: Language, params: Any, talk: Talk, rows: Answers, plan: Plan
-) -> tuple[list[str], float | None]:
-    """What the model answers, likeliest token by token; and tokens per second."""
-    prompts = [talk.prompt_ids(question) for question in rows.questions]
-    width = max(map(len, prompts))
-    end = jnp.array(base.end, jnp.int32)
-
-    @jax.jit
-    def answer(params: Any, ids: jax.Array, mask: jax.Array) -> tuple:
-        return generate(
-            lambda batch, cache: base.read(params, batch, cache),
-            {"ids": ids, "mask": mask},
-            base.cache(plan.together, width + plan.answer_tokens),
-            steps=plan.answer_tokens,
-            end=end,
-            pad=base.spec.pad_id,
-        )
-
-    said: list[str] = []
-    tokens, seconds = 0, 0.0
-    for first in range(0, len(prompts), plan.together):
-        own = prompts[first : first + plan.together]
-        ids = np.full((plan.together, width), base.spec.pad_id, np.int32)
-        mask = np.zeros(ids.shape, bool)
-        for row, prompt in enumerate(own):
-            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-        began = time.perf_counter()
-        found, real = (np.asarray(x) for x in answer(params, ids, mask))
-        if first:
-            # The first one compiles.
-            seconds += time.perf_counter() - began
-            tokens += int(real[: len(own)].sum())
-        said += [talk.text(found[row][real[row]]) for row in range(len(own))]
-    return said, tokens / seconds if seconds else None
-
-
 def study(plan: Plan) -> dict[str, Any]:
     """Before, training, after."""
     began = time.perf_counter()
     if plan.merged is not None:
         check_free(Path(plan.merged))
-    task = task_of(plan.data)
+    task = plan.data.load()
     base = load(plan.base, cache=plan.cache)
-    talk = Talk(base.tokenizer, base.chat_template, end=base.end, begin=base.begin)
+    talk = talk_of(base)
     pad = base.spec.pad_id
     spoken = {
         name: talk.spoken(rows, plan.length) for name, rows in task.splits.items()
@@ -169,6 +96,13 @@ def study(plan: Plan) -> dict[str, Any]:
     rules = [Rule(plan.pattern, LoRA(alpha=plan.alpha), rank=plan.rank)]
     adapted = attach(base.scores, base.params, example, rules=rules)
     test = task.splits["test"]
+    speaker = Speaker(
+        base,
+        talk,
+        test.questions,
+        tokens=plan.answer_tokens,
+        together=plan.together,
+    )
     scores = jax.jit(base.scores)
 
     def losses(params: Any) -> TokenSums:
@@ -177,10 +111,7 @@ def study(plan: Plan) -> dict[str, Any]:
         }
         return score_tokens(predict, rows["test"])[0]
 
-    before, (said_before, _) = (
-        losses(base.params),
-        say(base, base.params, talk, test, plan),
-    )
+    before, said_before = losses(base.params), speaker.merged(base.params).texts
     started = time.perf_counter()
     fitted = fit(
         adapted,
@@ -200,7 +131,8 @@ def study(plan: Plan) -> dict[str, Any]:
     )
     trained_seconds = time.perf_counter() - started
     merged = adapted.merge(fitted.frozen, fitted.trained(), fitted.dials())
-    after, (said_after, speed) = losses(merged), say(base, merged, talk, test, plan)
+    after, answers = losses(merged), speaker.merged(merged)
+    said_after = answers.texts
     write_adapter(
         plan.adapter,
         collect(fitted.trained(), fitted.dials(), base.family.module),
@@ -226,7 +158,7 @@ def study(plan: Plan) -> dict[str, Any]:
         "after": _judged(after, said_after, test),
         "difference": texts.compare(said_after, said_before, test.answers, test.groups),
         "trained_parameters": sum(x.size for x in jax.tree.leaves(fitted.trained())),
-        "tokens_per_second": speed,
+        "tokens_per_second": answers.tokens_per_second,
         "step_seconds": fitted.timer.summary()["median_seconds"],
         "trained_seconds": trained_seconds,
         "seconds": time.perf_counter() - began,
@@ -285,8 +217,8 @@ def read(config: Mapping[str, Any]) -> Plan:
     fields = dict(config)
     if not isinstance(fields.get("data"), Mapping):
         raise BadInput(f"data is a group of fields, not {fields.get('data')!r}")
-    check_fields(Data, fields["data"])
-    fields["data"] = Data(**fields["data"])
+    check_fields(RnnlgData, fields["data"])
+    fields["data"] = RnnlgData(**fields["data"])
     check_fields(Plan, fields)
     return Plan(**fields)
 

@@ -21,9 +21,13 @@ def train(config: Mapping[str, Any], overrides: Sequence[str]) -> float | None:
 
 
 def objective(result: Mapping[str, Any]) -> float | None:
-    """What a sweeper would maximize: the accuracy on the validation split, if any."""
-    validation = result["scores"].get("validation")
-    return validation and validation["metrics"]["accuracy"]["estimate"]
+    """What a sweeper would maximize: the accuracy on the validation split, if any.
+
+    Of numbers, R squared.
+    """
+    metrics = result["scores"].get("validation", {}).get("metrics", {})
+    found = metrics.get("accuracy") or metrics.get("r2")
+    return found and found["estimate"]
 
 
 main = command(train, packing=Packing(run_pack, pack_memory, objective))

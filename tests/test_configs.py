@@ -7,21 +7,21 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from experiments.data_to_text import Data, Plan
+from experiments.data_to_text import Plan
 from experiments.data_to_text import read as read_plan
 from experiments.ranks_protocol.settings import Protocol, Wanted
 from experiments.ranks_protocol.settings import read as read_protocol
 from lowrank.allocate.adaptive import Adaptive
 from lowrank.allocate.catalogue import CATALOGUE as RANKS
 from lowrank.core.spec import fields_of
-from lowrank.data.buckets import Batching
+from lowrank.data.questions import RnnlgData
 from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.deltas.catalogue import CATALOGUE as DELTAS
 from lowrank.run import judge
 from lowrank.run.door import CONF, resolve
 from lowrank.run.profile import Profile
 from lowrank.run.ranks_group import Ranks, chosen, filled
-from lowrank.run.settings import BaseSpec, Evaluation, RunSpec, read
+from lowrank.run.settings import BATCHINGS, BaseSpec, Evaluation, RunSpec, read
 from lowrank.run.survey import Survey
 from lowrank.run.sweep import Halving, SweepSpec
 from lowrank.sharding import MeshSpec
@@ -52,6 +52,7 @@ FILES = sorted(
 #: What a file leaves to the user.
 OWED = {
     "tfds": "data.dataset=ag_news_subset",
+    **dict.fromkeys(("rnnlg", "answers", "choices", "text", "values"), "data.path=x"),
     "given": "ranks.ranks={head: 1}",
     "shuffled": "ranks.ranks={head: 1}",
 }
@@ -75,6 +76,8 @@ def fields(path):
         return {"name"}
     own = {"name", *fields_of(CATALOGUES[group][content(path)["name"]])}
     extra = {"data": {"batching"}, "delta": {"rank", "ranks", "targets"}}
+    if group == "delta" and name == "lora":
+        own |= {"start"}
     if group == "ranks":
         moves = issubclass(RANKS[content(path)["name"]], Adaptive)
         own |= {"max_rank", "bounds", "tied"} if moves else set()
@@ -102,7 +105,8 @@ def test_every_file_of_a_group_is_understood(path):
 def test_a_file_shows_every_field_and_no_other(path):
     assert set(content(path)) == fields(path)
     if path.parent.name == "data":
-        assert set(content(path)["batching"]) == set(fields_of(Batching))
+        kind = DATA[content(path)["name"]].kind
+        assert set(content(path)["batching"]) == set(fields_of(BATCHINGS[kind]))
     if str(path) == "sweep/halving.yaml":
         assert set(content(path)["halving"]) == set(fields_of(Halving))
 
@@ -153,7 +157,7 @@ def test_the_file_of_sites_shows_every_field():
 def test_the_file_of_data_to_text_shows_every_field():
     config = composed("data_to_text")
     assert {*config} == {*fields_of(Plan)}
-    assert {*config["data"]} == {*fields_of(Data)}
+    assert {*config["data"]} == {*fields_of(RnnlgData)}
     assert read_plan(config).base == "smollm2"
 
 
@@ -225,7 +229,7 @@ def test_defaults_in_files_are_the_defaults_in_code():
             group = content(f"ranks/{name}.yaml")
             assert chosen(filled(group)) == Ranks(cls()), name
     for name, cls in DATA.items():
-        if name != "tfds":
+        if name not in OWED:
             given = {k: v for k, v in content(f"data/{name}.yaml").items()}
             given = {k: v for k, v in given.items() if k not in ("name", "batching")}
             assert cls(**given) == cls(), name

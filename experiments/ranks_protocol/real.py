@@ -26,6 +26,7 @@ from lowrank.evaluate.score import score_trials
 from lowrank.run.door import CONF, resolve
 from lowrank.run.fit import Fit
 from lowrank.run.forward import inputs_of
+from lowrank.run.labeled import Labeled
 from lowrank.run.prepare import Prepared, prepare
 from lowrank.run.settings import read
 from lowrank.train.batches import TrainBatches
@@ -98,7 +99,7 @@ class Real:
         return {
             "trial": settings.settings.trial_id,
             "base": settings.base.fingerprint,
-            "data": settings.task.fingerprint,
+            "data": settings.problem.fingerprint,
         }
 
     def place(self, seed: int, settings: Settings) -> int:
@@ -113,10 +114,8 @@ class Real:
         return inputs_of(batch)
 
     def batches(self, seeds: Sequence[int], settings: Settings) -> TrainBatches:
-        own = _prepared(self.arguments)
-        batching = dataclasses.replace(
-            own.settings.batching, batch_size=settings.batch_size
-        )
+        own = _prepared(self.arguments).labeled
+        batching = dataclasses.replace(own.batching, batch_size=settings.batch_size)
         return TrainPipeline(
             own.tokens["train"],
             own.task.splits["train"].labels,
@@ -136,7 +135,7 @@ class Real:
         self, fitted: Fit, seeds: Sequence[int], settings: Settings
     ) -> list[float]:
         """The share of rows that are labelled wrongly."""
-        own = _prepared(self.arguments)
+        own = _prepared(self.arguments).labeled
         judged = all(seed >= JUDGED_SEED for seed in seeds)
         found = score_trials(
             lambda batch: fitted.forward(fitted.chosen, fitted.state.dials, batch),
@@ -148,7 +147,7 @@ class Real:
         return [float(wrong(one)) for one in found]
 
 
-def sample(own: Prepared, split: str, count: int) -> list[Batch]:
+def sample(own: Labeled, split: str, count: int) -> list[Batch]:
     """So many rows of a split, the same for all that ask; all if it has fewer.
 
     They are drawn at random: rows of one class often stand together.
@@ -161,7 +160,7 @@ def sample(own: Prepared, split: str, count: int) -> list[Batch]:
         ids=np.concatenate(rows),
         offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
     )
-    batching = dataclasses.replace(own.settings.batching, batch_size=_ROWS)
+    batching = dataclasses.replace(own.batching, batch_size=_ROWS)
     return list(eval_batches(part, labels[kept], batching))
 
 

@@ -81,6 +81,27 @@ class Adapted:
         sites = {path: self.sites[path] for path in plans}
         return Adapted(self._programs, sites, plans, rules, ref_rank, self.allow_dense)
 
+    def around(self, apply: Callable[..., Any], *inputs: Any) -> "Adapted":
+        """The same corrections on another function of the same parameters.
+
+        As a language model that is trained by its scores and then reads with a cache.
+
+        Args:
+          apply: Pure function (params, *inputs) -> outputs.
+          *inputs: Example inputs, arrays or shapes.
+
+        Raises:
+          BadInput: It uses a corrected weight in a way that has no factored form.
+        """
+        first = self._programs
+        programs = Programs(apply, first.structure.unflatten(first.leaves))
+        sites = find(programs, inputs, among=self.sites)
+        found = Adapted(
+            programs, sites, self.plans, self.rules, self.ref_rank, self.allow_dense
+        )
+        found.check(*inputs)
+        return found
+
     def recipe(self, path: str) -> Delta:
         """The delta of a site."""
         return self.plans[path].delta

@@ -60,6 +60,11 @@ class Base:
     hf_config: Mapping[str, Any] | None = None
     example: Any = None
 
+    @property
+    def outputs(self) -> Forward:
+        """What a loss reads: the logits."""
+        return self.apply
+
 
 def load(
     base: str,

@@ -61,6 +61,15 @@ class Language:
     provenance: Mapping[str, Any]
     hf_config: Mapping[str, Any]
 
+    @property
+    def head(self) -> None:
+        """No weight of it is new."""
+
+    @property
+    def outputs(self) -> Callable[[Any, Mapping[str, Any]], Mapping[str, Array]]:
+        """What a loss reads: the scores."""
+        return self.scores
+
     def cache(self, batch: int, places: int) -> Cache:
         """An empty cache of keys with room for `places` tokens in every row."""
         return empty_cache(self.spec, batch, places, self.dtype)

@@ -15,6 +15,20 @@ METRICS = (
     ("worst_class_recall", "worst class recall", True),
     ("calibration_error", "calibration error", True),
     ("log_loss", "log loss", False),
+    ("accuracy_per_token", "accuracy, per token", True),
+    ("rmse", "root mean squared error", False),
+    ("mae", "mean absolute error", False),
+    ("r2", "R squared", False),
+    ("pearson", "Pearson's r", False),
+    ("spearman", "Spearman's r", False),
+    ("loss", "loss, nats per token", False),
+    ("perplexity", "perplexity", False),
+    ("base_loss", "loss of the base", False),
+    ("rise", "loss above the base's", False),
+    ("bleu", "BLEU", False),
+    ("chrf", "chrF", False),
+    ("rouge_l", "ROUGE-L", False),
+    ("exact", "exact answers, %", False),
 )
 
 
@@ -33,6 +47,9 @@ def show_scores(result: Mapping[str, Any], console: Console | None = None) -> No
         table.add_column(split, justify="right")
     for key, heading, share in METRICS:
         found = [split["metrics"].get(key) for split in result["scores"].values()]
+        if not any(found):
+            # Of another kind of data.
+            continue
         cells = [cell(one, share) for one in found]
         table.add_row(heading, *cells)
     (console or Console()).print(table)
@@ -48,6 +65,8 @@ def show_comparison(
         table.add_column(escape(name), justify="right")
     for key, heading, share in METRICS:
         found = [arm["scores"]["test"]["metrics"].get(key) for arm in arms.values()]
+        if not any(found):
+            continue
         cells = [cell(one, share) for one in found]
         table.add_row(heading, *cells)
     (console or Console()).print(table)

@@ -1,18 +1,16 @@
 """The cost ledger of a run: what the compiled programs and the clock say."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.cost.count import Flops, jaxpr_flops
 from lowrank.cost.measure import CostLedger, compiled_cost, latency
-from lowrank.data.pipeline import TrainPipeline
 from lowrank.run.fit import Fit
 from lowrank.run.prepare import Prepared, sizes
+from lowrank.train.batches import TrainBatches
 
 #: Timed calls per inference figure.
 REPEATS = 10
@@ -21,7 +19,7 @@ REPEATS = 10
 class Ledgers:
     """The cost ledgers of a pack's trials; the step is counted and timed once."""
 
-    def __init__(self, batches: TrainPipeline, fitted: Fit):
+    def __init__(self, batches: TrainBatches, fitted: Fit):
         self._batches = batches
         self._fitted = fitted
         self._inference: dict[Any, dict[str, Any]] = {}
@@ -96,7 +94,7 @@ def inference(
     frozen: Frozen,
     trained: Trained,
     dials: Dials,
-    batches: TrainPipeline,
+    batches: TrainBatches,
 ) -> dict[str, Any]:
     """Latency of one row and throughput of a batch: base, unmerged and merged.
 
@@ -112,7 +110,7 @@ def inference(
     unmerged = jax.jit(lambda f, t, d, x: adapted.apply(f, t, x, dials=d))
     table: dict[str, Any] = {}
     for count in (1, rows):
-        x = _tokens(count, width)
+        x = prepared.problem.full(count, width)
         programs = {
             "base": (base, (prepared.base.params, x)),
             "unmerged": (unmerged, (frozen, trained, dials, x)),
@@ -122,11 +120,3 @@ def inference(
             timed = latency(program, args, REPEATS, num_examples=count)
             table[f"{arm}, {count} x {width}"] = timed
     return table
-
-
-def _tokens(rows: int, width: int) -> Mapping[str, jax.Array]:
-    """A full batch: every position holds a token, so none is skipped as padding."""
-    return {
-        "ids": jnp.ones((rows, width), jnp.int32),
-        "mask": jnp.ones((rows, width), bool),
-    }

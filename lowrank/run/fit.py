@@ -121,6 +121,7 @@ def fit(
     seeds: Sequence[int] = (0,),
     dials: Sequence[Dials] | None = None,
     slots: Sequence[Slots] | None = None,
+    starts: Sequence[Callable[[Trained], Trained] | None] = (),
     directory: str | Path | None = None,
     identity: Mapping[str, str] | None = None,
     mesh: MeshSpec = MeshSpec(),
@@ -151,6 +152,8 @@ def fit(
         all if None.
       slots: One per trial: which layers compete for ranks, within which bounds; by
         default all, from 0 to max_rank.
+      starts: One per trial: its drawn trained tree -> the one that it starts from, as
+        of an earlier adapter; None, or none at all: as drawn. Not where ranks move.
       directory: Keeps checkpoints and continues from them; None keeps nothing.
       identity: Fingerprints that a stored state in `directory` must agree with to be
         continued, beside those of base, rules, constants, weights, seeds and length,
@@ -201,6 +204,11 @@ def fit(
         adapted, allocators, slots, dials, batches.num_steps,
         gauges(model, loss),
     )  # fmt: skip
+    if any(starts) and (len(starts) != len(seeds) or moving is not None):
+        raise BadInput(
+            f"{len(seeds)} trials have {len(starts)} starts; give one each, or None, "
+            "and ranks that stay"
+        )
     frozen = replicate(adapted.frozen(), devices)
     aged = moving is not None and moving.births
     state = states.start(
@@ -208,6 +216,8 @@ def fit(
         imposed.weights(penalties), adapted.roles(), aged,
         moving.begin if moving else lambda trained: {},
     )  # fmt: skip
+    if any(starts) and not (storage and storage.begun):
+        state = _started(state, starts)
     if moving is not None and moving.looks_first and not (storage and storage.begun):
         alive("a first look at the data")
         state = first_look(
@@ -283,6 +293,19 @@ def fit(
         adapted, frozen, state, forward, timer, pack, bool(validation), ended, paused,
         moving,
     )  # fmt: skip
+
+
+def _started(
+    state: TrainState, starts: Sequence[Callable[[Trained], Trained] | None]
+) -> TrainState:
+    """A state whose trials start where `starts` say, before anything is trained."""
+    own = []
+    for trial, start in enumerate(starts):
+        drawn = jax.tree.map(lambda x, t=trial: x[t], state.trained)
+        own.append(start(drawn) if start is not None else drawn)
+    trained = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
+    # The best state is a buffer of its own: a step donates both.
+    return state.replace(trained=trained, best=jax.tree.map(jnp.copy, trained))
 
 
 def _each(given: _T | Sequence[_T], count: int) -> list[_T]:

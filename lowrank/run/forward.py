@@ -82,8 +82,9 @@ def _key(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What an encoder takes of a batch."""
-    return {"ids": batch["ids"], "mask": batch["mask"]}
+    """What an encoder takes of a batch: of pairs, which text a token belongs to."""
+    names = ("ids", "mask", "type_ids")
+    return {name: batch[name] for name in names if name in batch}
 
 
 def on_inputs(apply: Callable[..., Any], inputs: Callable[[Mapping], Any]) -> Model:

@@ -7,15 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lowrank.core.errors import BadInput, UnknownName
+from lowrank.core.errors import BadInput
 from lowrank.core.spec import build, refuse_targets, spec
-from lowrank.data.pipeline import eval_batches
 from lowrank.data.tasks import CATALOGUE as DATA
-from lowrank.data.tasks import Task
-from lowrank.evaluate.score import report, score
-from lowrank.run.prepare import max_length, tokenize_all
+from lowrank.run.answering import Answering
+from lowrank.run.language import LanguageProblem
+from lowrank.run.problems import load_again
+from lowrank.run.saying import Said
 from lowrank.run.settings import Evaluation, check_groups, load_plugins, plain
 from lowrank.run.stored import Run, load_run
 
@@ -90,60 +89,58 @@ def judge(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores a run on a split of its own data, or of `data` (a data group)."""
-    settings = run.settings
+    settings = dataclasses.replace(run.settings, evaluate=evaluation)
     if data is not None and not isinstance(data, Mapping):
         raise BadInput(f"data is a group, as +data=table, not {data!r}")
-    fields = {k: v for k, v in dict(data or {}).items() if k != "batching"}
-    source = build(fields, DATA, "data") if data else settings.data
-    cache = settings.run.cache
-    task = source.load(Path(cache) / "data" if cache else None)
-    if split not in task.splits:
-        raise UnknownName(f"no split {split!r}; there are {', '.join(task.splits)}")
-    limit = max_length(settings, run.base)
-    rows = task.splits[split]
-    labels = _labels(run, task, split)
-    tokens = tokenize_all(task, run.base, limit, cache)[split]
-    batching = dataclasses.replace(settings.batching, batch_size=evaluation.batch_size)
-    predictions = score(
-        _model(run, merged),
-        eval_batches(tokens, labels, batching),
-        run.classes,
-        rows.groups,
-        num_rows=len(rows.labels),
-        progress=progress,
-    )
-    found = report(predictions, resamples=evaluation.resamples, level=evaluation.level)
+    if data:
+        fields = {k: v for k, v in data.items() if k != "batching"}
+        source = build(fields, DATA, "data")
+        if source.kind != settings.data.kind:
+            raise BadInput(
+                f"data={fields['name']} are {source.kind}, and the run was trained on "
+                f"{settings.data.kind}: give it more of its own kind"
+            )
+        settings = dataclasses.replace(settings, data=source)
+    problem = load_again(settings, run.base, run.facts, split)
+    outputs = run.outputs if not merged else _merged(run)
+
+    def predict(batch: Mapping[str, Any]) -> Any:
+        inputs = jax.tree.map(jnp.asarray, problem.inputs(batch))
+        # A pack of one.
+        return jax.tree.map(lambda x: x[None], outputs(inputs))
+
+    (scored,) = problem.score(split, predict, progress)
+    options = {"resamples": evaluation.resamples, "level": evaluation.level}
+    found = scored.report(**options)
+    if isinstance(problem, Answering) and evaluation.answers:
+        said = _said(run, problem, split, evaluation, merged)
+        found["metrics"] |= problem.compared(split, said, **options)
+    scores = {split: found}
+    if isinstance(problem, LanguageProblem) and (kept := problem.kept(predict)):
+        (scores["known"],) = kept
     return {
         "trial": settings.trial_id,
-        "data": {"name": task.name, "fingerprint": task.fingerprint},
+        "data": {"name": problem.name, "fingerprint": problem.fingerprint},
         "merged": merged,
-        "scores": {split: found},
+        "scores": scores,
     }
 
 
-def _labels(run: Run, task: Task, split: str) -> np.ndarray:
-    """Labels as the run numbers its classes; new data may lack some of them.
-
-    Raises:
-      BadInput: The split has a class that the run does not know.
-    """
-    known = {name: number for number, name in enumerate(run.classes)}
-    labels = task.splits[split].labels
-    if odd := [n for c in np.unique(labels) if (n := task.classes[c]) not in known]:
-        raise BadInput(
-            f"the {split} split of {task.name!r} has {len(odd)} classes that the run "
-            f"does not know, as {odd[0]!r}; it knows {len(known)}, as "
-            f"{run.classes[0]!r}"
-        )
-    numbers = [known.get(name, -1) for name in task.classes]
-    return np.asarray(numbers, np.int32)[labels]
+def _said(
+    run: Run, problem: Answering, split: str, evaluation: Evaluation, merged: bool
+) -> Said:
+    assert evaluation.answers is not None
+    speaker = problem.speaker(split, evaluation.answers, evaluation.batch_size)
+    adapted, frozen = run.adapted, run.adapted.frozen()
+    if merged:
+        return speaker.merged(adapted.merge(frozen, run.trained, run.dials))
+    # A pack of one.
+    trees = jax.tree.map(lambda x: x[None], (run.trained, run.dials))
+    (said,) = speaker.unmerged(adapted, frozen, *trees)
+    return said
 
 
-def _model(run: Run, merged: bool):
-    if not merged:
-        return run.logits
+def _merged(run: Run):
     params = run.adapted.merge(run.adapted.frozen(), run.trained, run.dials)
-    apply = jax.jit(run.base.apply)
-    return lambda batch: np.asarray(
-        apply(params, {name: jnp.asarray(batch[name]) for name in ("ids", "mask")})
-    )
+    apply = jax.jit(run.base.outputs)
+    return lambda inputs: apply(params, inputs)

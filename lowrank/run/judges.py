@@ -24,7 +24,8 @@ class Judge(Protocol):
       lower_is_better: Numbers of which the smallest is the best.
     """
 
-    lower_is_better: frozenset[str]
+    @property
+    def lower_is_better(self) -> frozenset[str]: ...
 
     def check(self, field: str, name: str, validation: Sequence[Batch]) -> None:
         """Refuses a number that this split does not give.

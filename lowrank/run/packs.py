@@ -32,7 +32,7 @@ from lowrank.io.history import MOVES
 from lowrank.io.record import Record
 from lowrank.run.checks import check_plan
 from lowrank.run.fit import Fit, fit
-from lowrank.run.forward import Batch, inputs_of, on_inputs
+from lowrank.run.forward import Batch, on_inputs
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
 from lowrank.run.preview import lowered
 from lowrank.run.profile import Profile, watched
@@ -43,7 +43,6 @@ from lowrank.run.ship import ship
 from lowrank.run.storage import Source, Storage
 from lowrank.run.watch import Watch, watching
 from lowrank.train.guard import interruptible
-from lowrank.train.losses import cross_entropy
 from lowrank.train.penalties import impose
 from lowrank.train.watchdog import Watchdog
 
@@ -185,7 +184,7 @@ def _run_pack(
             )
 
 
-def check_pack(prepared: PreparedPack) -> list[Batch] | None:
+def check_pack(prepared: PreparedPack) -> Sequence[Batch] | None:
     """Checks what would fail later; returns the validation batches, if there are any.
 
     Raises:
@@ -193,7 +192,7 @@ def check_pack(prepared: PreparedPack) -> list[Batch] | None:
         `train.penalties.impose`.
     """
     first = prepared.trials[0]
-    found = "validation" in first.task.splits
+    found = "validation" in first.problem.rows
     validation = first.evaluation("validation") if found else None
     settings = [trial.settings for trial in prepared.trials]
     check_plan(
@@ -203,6 +202,7 @@ def check_pack(prepared: PreparedPack) -> list[Batch] | None:
         [one.seed for one in settings],
         first.settings.mesh.build(),
         first.settings.loop,
+        first.problem.judge.check,
     )
     first.settings.profile.check(prepared.batches.num_steps)
     _check_ranks_and_penalties(prepared)
@@ -214,14 +214,15 @@ def _check_ranks_and_penalties(prepared: PreparedPack) -> None:
     together = prepared.variants.together
     settings = [trial.settings for trial in prepared.trials]
     impose([one.penalty for one in settings], together.sites, together.thin)
-    model = on_inputs(together.apply, inputs_of)
+    problem = prepared.trials[0].problem
+    model = on_inputs(together.apply, problem.inputs)
     begun(
         together,
         [one.ranks.moving for one in settings],
         prepared.slots(),
         prepared.variants.dials(),
         prepared.batches.num_steps,
-        gauges(model, cross_entropy),
+        gauges(model, problem.loss),
     )
 
 
@@ -243,7 +244,7 @@ def _train(
     prepared: PreparedPack,
     records: Sequence[Record],
     watches: Sequence[Watch | None],
-    validation: list[Batch] | None,
+    validation: Sequence[Batch] | None,
     watchdog: Watchdog,
     storage: Storage,
     until: int | None,
@@ -255,7 +256,7 @@ def _train(
         if watch:
             record.write_json("sites.json", site_rows(trial.adapted))
             record.save_arrays("ranks", **_flat(ranks_array(trial.adapted)))
-    together = prepared.variants.together
+    together, problem = prepared.variants.together, trials[0].problem
     before = fingerprint(together.frozen())
 
     def log(position: int, rows: Sequence[Mapping[str, float]]) -> None:
@@ -268,12 +269,16 @@ def _train(
             together,
             prepared.batches,
             validation=validation,
+            loss=problem.loss,
+            judge=problem.judge,
+            inputs=problem.inputs,
             optim=[one.optim for one in settings],
             penalty=[one.penalty for one in settings],
             ranks=[one.ranks.moving for one in settings],
             slots=prepared.slots(),
             seeds=[one.seed for one in settings],
             dials=prepared.variants.dials(),
+            starts=prepared.starts,
             mesh=settings[0].mesh,
             loop=settings[0].loop,
             until=until,

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from lowrank.allocate.slots import Slots
 from lowrank.core.arrays import Dials
 from lowrank.core.errors import BadInput
 from lowrank.cost.count import Counts, count_parameters
-from lowrank.data.checks import check_task
-from lowrank.data.pipeline import TrainPipeline, eval_batches
-from lowrank.data.tasks import Task
-from lowrank.data.tokens import Tokens, tokenize
-from lowrank.io import hub
 from lowrank.io.files import local_path
 from lowrank.io.hub import Base
-from lowrank.run.forward import Batch, inputs_of
+from lowrank.io.language import Language
+from lowrank.run.forward import Batch
+from lowrank.run.labeled import Labeled
+from lowrank.run.problem import Problem
+from lowrank.run.problems import load_problem
 from lowrank.run.ranks import settled_rules, slots_of
-from lowrank.run.settings import BaseSpec, Settings
+from lowrank.run.settings import Settings
+from lowrank.run.warm import Warm, warm_start
+from lowrank.train.batches import TrainBatches
 
 logger = logging.getLogger(__name__)
 
@@ -37,40 +38,48 @@ class Prepared:
 
     Attributes:
       settings: What was asked for.
-      base: The pretrained model.
-      task: The data, checked.
-      checks: What `check_task` found.
-      tokens: Tokenized splits.
+      problem: Its data and base, checked.
       batches: Training data, of all trials of its pack.
       adapted: The model with this trial's corrections.
     """
 
     settings: Settings
-    base: Base
-    task: Task
-    checks: Mapping[str, Any]
-    tokens: Mapping[str, Tokens]
-    batches: TrainPipeline
+    problem: Problem
+    batches: TrainBatches
     adapted: Adapted
+
+    @property
+    def base(self) -> Base | Language:
+        """The pretrained model."""
+        return self.problem.base
+
+    @property
+    def labeled(self) -> Labeled:
+        """The problem, where its rows have classes.
+
+        Raises:
+          BadInput: They have none.
+        """
+        if not isinstance(self.problem, Labeled):
+            raise BadInput(
+                f"{self.problem.name} has no classes, and this needs some: choose data "
+                "with labels"
+            )
+        return self.problem
 
     @property
     def identity(self) -> dict[str, str]:
         """Fingerprints that a stored state must agree with to be continued."""
-        return identity_of(self.settings, self.base, self.task)
+        return identity_of(self.settings, self.problem)
 
     @property
     def directory(self) -> Path:
         """Where the run lives."""
         return directory_of(self.settings)
 
-    def evaluation(self, split: str) -> list[Batch]:
+    def evaluation(self, split: str) -> Sequence[Batch]:
         """A split in order, every row once."""
-        batching = dataclasses.replace(
-            self.settings.batching, batch_size=self.settings.evaluate.batch_size
-        )
-        return list(
-            eval_batches(self.tokens[split], self.task.splits[split].labels, batching)
-        )
+        return self.problem.evaluation(split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +89,15 @@ class PreparedPack:
     Attributes:
       trials: Each trial by itself.
       variants: Their models in the common shape.
+      starts: Of each trial, how it starts from an earlier adapter; None: as drawn.
     """
 
     trials: tuple[Prepared, ...]
     variants: Variants
+    starts: tuple[Warm | None, ...]
 
     @property
-    def batches(self) -> TrainPipeline:
+    def batches(self) -> TrainBatches:
         """Training data, every trial in its own order."""
         return self.trials[0].batches
 
@@ -122,38 +133,31 @@ def prepare_pack(trials: Sequence[Settings]) -> PreparedPack:
       trials: Alike in everything but what `Settings.packed` lists.
     """
     settings = trials[0]
-    cache = settings.run.cache
     logger.info("loading data and base %s", settings.base.source)
-    task = settings.data.load(Path(cache) / "data" if cache else None)
-    checks = check_task(task)
-    base = load_base(settings, len(task.classes))
-    limit = max_length(settings, base)
-    tokens = tokenize_all(task, base, limit, cache)
-    batches = TrainPipeline(
-        tokens["train"],
-        task.splits["train"].labels,
-        batching=settings.batching,
-        trial_seeds=[trial.seed for trial in trials],
-        num_epochs=settings.optim.epochs,
-    )
-    example = inputs_of({k: v[0] for k, v in batches.examples()[0].items()})
-    variants = adapt(base, trials, example)
+    problem = load_problem(settings)
+    batches = problem.batches([trial.seed for trial in trials])
+    example = problem.inputs({k: v[0] for k, v in batches.examples()[0].items()})
+    variants = adapt(problem.base, trials, example)
     adapted = variants.together
     logger.info(
         "%s: %s rows; %s: %d sites adapted",
-        task.name,
-        ", ".join(f"{len(s.labels)} {n}" for n, s in task.splits.items()),
-        base.name,
+        problem.name,
+        ", ".join(f"{count} {name}" for name, count in problem.rows.items()),
+        problem.base.name,
         len(adapted.sites),
     )
     prepared = tuple(
-        Prepared(trial, base, task, checks, tokens, batches, alone)
+        Prepared(trial, problem, batches, alone)
         for trial, alone in zip(trials, variants.alone, strict=True)
     )
-    return PreparedPack(prepared, variants)
+    starts = tuple(
+        warm_start(trial, problem, adapted, dials)
+        for trial, dials in zip(trials, variants.dials(), strict=True)
+    )
+    return PreparedPack(prepared, variants, starts)
 
 
-def adapt(base: Base, trials: Sequence[Settings], example: Any) -> Variants:
+def adapt(base: Base | Language, trials: Sequence[Settings], example: Any) -> Variants:
     """The base with the corrections of every trial.
 
     Args:
@@ -163,7 +167,9 @@ def adapt(base: Base, trials: Sequence[Settings], example: Any) -> Variants:
     """
     rules = [trial.rules(base.head) for trial in trials]
     refs = [trial.ref_rank for trial in trials]
-    adapted = attach(base.apply, base.params, example, rules=rules[0], ref_rank=refs[0])
+    adapted = attach(
+        base.outputs, base.params, example, rules=rules[0], ref_rank=refs[0]
+    )
     variants = pack(adapted, rules, refs)
     own = [
         settled_rules(trial.ranks.allocator, alone, mine)
@@ -172,12 +178,12 @@ def adapt(base: Base, trials: Sequence[Settings], example: Any) -> Variants:
     return variants if own == rules else pack(adapted, own, refs)
 
 
-def identity_of(settings: Settings, base: Base, task: Task) -> dict[str, str]:
+def identity_of(settings: Settings, problem: Problem) -> dict[str, str]:
     """Fingerprints of what decides a trial's course."""
     return {
         "config": settings.trial_id,
-        "base": base.fingerprint,
-        "data": task.fingerprint,
+        "base": problem.base.fingerprint,
+        "data": problem.fingerprint,
         "code": code_fingerprint(),
     }
 
@@ -193,51 +199,6 @@ def directory_of(settings: Settings) -> Path:
     if run.directory is not None:
         return local_path(run.directory)
     return local_path("runs" if run.root is None else run.root) / settings.trial_id
-
-
-def load_base(settings: Settings, num_classes: int) -> Base:
-    """The base that the settings name, with a head for `num_classes`."""
-    return open_base(settings.base, num_classes, settings.run.cache)
-
-
-def open_base(wanted: BaseSpec, num_classes: int, cache: str | None) -> Base:
-    """A base as its config group describes it."""
-    return hub.load(
-        wanted.source,
-        num_classes=num_classes,
-        pooling=wanted.pooling,
-        scan=wanted.scan,
-        remat=wanted.remat,
-        dtype=wanted.dtype,
-        cache=cache,
-    )
-
-
-def max_length(settings: Settings, base: Base) -> int:
-    """Longest input in tokens: as asked for, at most what the base was made for."""
-    wanted = settings.base.max_length
-    if wanted is not None and not 3 <= wanted <= base.max_length:
-        raise BadInput(
-            f"base.max_length = {wanted} is not between 3 and {base.max_length}, the "
-            f"longest input that {base.name} was made for"
-        )
-    return wanted or base.max_length
-
-
-def tokenize_all(task: Task, base: Base, limit: int, cache: str | None) -> dict:
-    """Every split, tokenized once and cached."""
-    if base.tokenizer is None:
-        raise BadInput(
-            f"base {base.name!r} has no tokenizer, and the task {task.name!r} is text; "
-            "put a tokenizer.json beside its weights"
-        )
-    folder = Path(cache) / "tokens" if cache else None
-    return {
-        name: tokenize(
-            split, base.tokenizer, max_length=limit, data=task.fingerprint, cache=folder
-        )
-        for name, split in task.splits.items()
-    }
 
 
 def code_fingerprint(folder: Path = PACKAGE) -> str:

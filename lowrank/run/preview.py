@@ -11,12 +11,11 @@ from jax.sharding import Mesh
 from lowrank.allocate.signals import SIGNALS
 from lowrank.cost.count import jaxpr_flops
 from lowrank.cost.measure import compiled_cost
-from lowrank.run.forward import inputs_of, on_inputs
+from lowrank.run.forward import on_inputs
 from lowrank.run.prepare import Prepared, site_rows, sizes
 from lowrank.run.ranks import begun, gauges, slots_of
 from lowrank.sharding import batch_shapes, replicated
 from lowrank.train import state as states
-from lowrank.train.losses import cross_entropy
 from lowrank.train.pack import jitted, on_devices
 from lowrank.train.penalties import impose
 from lowrank.train.step import make_step
@@ -50,7 +49,8 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
     """
     settings, adapted = prepared.settings, prepared.adapted
     mesh = settings.mesh.for_trials(num_trials).build()
-    model = on_inputs(adapted.apply, inputs_of)
+    problem = prepared.problem
+    model = on_inputs(adapted.apply, problem.inputs)
     imposed = impose([settings.penalty], adapted.sites, adapted.thin)
     num_steps = prepared.batches.num_steps
     chosen = settings.ranks
@@ -58,7 +58,7 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
     slots = competing and [competing] * num_trials
     moving, dials = begun(
         adapted, [chosen.moving] * num_trials, slots, None, num_steps,
-        gauges(model, cross_entropy),
+        gauges(model, problem.loss),
     )  # fmt: skip
     aged = moving is not None and moving.births
     start = lambda: states.start(
@@ -74,7 +74,7 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
     state = jax.tree.map(located, states.on_mesh(mesh), jax.eval_shape(start))
     frozen = located(replicated(mesh), adapted.frozen())
     step = make_step(
-        model, cross_entropy, settings.optim, num_steps, adapted.draws,
+        model, problem.loss, settings.optim, num_steps, adapted.draws,
         adapted.active, imposed, adapted.roles(), aged,
         moving.of_step if moving else (),
     )  # fmt: skip

@@ -27,19 +27,21 @@ def run_probe(prepared: Prepared) -> dict[str, Any]:
       The scores of the test split, in the form of a run's, and the seconds taken.
 
     Raises:
-      BadInput: There is no validation split to choose the constant on, or no test
-        split.
+      BadInput: There is no validation split to choose the constant on, no test
+        split, or the rows have no classes.
     """
+    task = prepared.labeled.task
     for split in ("validation", "test"):
-        if split not in prepared.task.splits:
+        if split not in task.splits:
             raise BadInput(
-                f"the frozen probe needs a {split} split, and {prepared.task.name!r} "
+                f"the frozen probe needs a {split} split, and {task.name!r} "
                 "has none (data.train_on_validation merges it into train)"
             )
     began = time.perf_counter()
-    forward = jax.jit(prepared.base.features)
-    params = prepared.base.params
-    splits = prepared.task.splits
+    base = prepared.labeled.base
+    forward = jax.jit(base.features)
+    params = base.params
+    splits = task.splits
     settings = prepared.settings
 
     def features(split: str) -> np.ndarray:
@@ -55,7 +57,7 @@ def run_probe(prepared: Prepared) -> dict[str, Any]:
         given["train"],
         given["validation"],
         given["test"][0],
-        len(prepared.task.classes),
+        len(task.classes),
         refit=True,
     )
     test = splits["test"]
@@ -63,7 +65,7 @@ def run_probe(prepared: Prepared) -> dict[str, Any]:
         np.arange(len(test.labels)),
         probe.logits,
         test.labels,
-        tuple(prepared.task.classes),
+        tuple(task.classes),
         None if test.groups is None else np.asarray(test.groups),
     )
     evaluation = settings.evaluate

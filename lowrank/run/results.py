@@ -1,6 +1,6 @@
 """What a trained pack is worth: scores, costs and the result of each trial."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +9,14 @@ import numpy as np
 from lowrank.core.arrays import Dials, Trained
 from lowrank.core.errors import NonFinite
 from lowrank.core.trees import fingerprint
-from lowrank.evaluate.score import Predictions, report, score_trials
 from lowrank.io.record import Record
+from lowrank.run.answering import Answering
 from lowrank.run.costs import Ledgers
 from lowrank.run.fit import Fit
+from lowrank.run.language import LanguageProblem
 from lowrank.run.prepare import PreparedPack
+from lowrank.run.problem import Scored
+from lowrank.run.saying import Said
 
 
 class Results:
@@ -23,7 +26,9 @@ class Results:
         self._prepared = prepared
         self._fitted = fitted
         self._ledgers = Ledgers(prepared.batches, fitted)
-        self._scored: dict[str, list[Predictions]] = {}
+        self._scored: dict[str, Sequence[Scored]] = {}
+        self._answers: dict[str, Sequence[Said]] = {}
+        self._known: Sequence[Mapping[str, Any]] | None = None
 
     def trees(self, trial: int) -> tuple[Trained, Dials]:
         """A trial's chosen tree and its dials, as it would have them alone."""
@@ -43,19 +48,26 @@ class Results:
         ended = fitted.ended[trial]
         if ended and ended["failed"]:
             raise NonFinite(ended["why"])
-        settings = prepared.settings
+        settings, problem = prepared.settings, prepared.problem
         scores = {}
         for name in ("validation", "test"):
             sealed = name == "test" and not settings.evaluate.test
-            if name in prepared.task.splits and not sealed:
-                predictions = self._predictions(name)[trial]
-                ids = np.asarray(prepared.task.splits[name].ids)
-                record.save_predictions(name, id=ids, **_by_row(predictions))
-                scores[name] = report(
-                    predictions,
-                    resamples=settings.evaluate.resamples,
-                    level=settings.evaluate.level,
-                )
+            if name in problem.rows and not sealed:
+                scored = self._score(name)[trial]
+                ids = np.asarray(problem.ids(name))
+                options = {
+                    "resamples": settings.evaluate.resamples,
+                    "level": settings.evaluate.level,
+                }
+                arrays, found = scored.arrays(), scored.report(**options)
+                if isinstance(problem, Answering) and settings.evaluate.answers:
+                    said = self._said(problem, name)[trial]
+                    arrays["answer"] = np.asarray(said.texts)
+                    found["metrics"] |= problem.compared(name, said, **options)
+                record.save_predictions(name, id=ids, **arrays)
+                scores[name] = found
+        if isinstance(problem, LanguageProblem) and (kept := self._kept(problem)):
+            scores["known"] = kept[trial]
         costs = self._ledgers.of(prepared, *self.trees(trial))
         if fitted.pack is None and (earlier := record.read_json("costs.json")):
             # Training ended before this process began: its clock knows nothing of it.
@@ -70,11 +82,11 @@ class Results:
                 "fingerprint": prepared.base.fingerprint,
             },
             "data": {
-                "name": prepared.task.name,
-                "fingerprint": prepared.task.fingerprint,
-                "classes": list(prepared.task.classes),
-                "rows": {k: len(v.labels) for k, v in prepared.task.splits.items()},
-                "checks": prepared.checks,
+                "name": problem.name,
+                "fingerprint": problem.fingerprint,
+                **problem.facts,
+                "rows": dict(problem.rows),
+                "checks": problem.checks,
             },
             "scores": scores,
             "steps": ended["step"] if ended else int(state.step),
@@ -87,20 +99,36 @@ class Results:
             ),
         }
 
-    def _predictions(self, name: str) -> list[Predictions]:
-        """Every trial's predictions of a split, from one pass over it."""
+    def _score(self, name: str) -> Sequence[Scored]:
+        """What every trial makes of a split, from one pass over it."""
         if name not in self._scored:
-            fitted, first = self._fitted, self._prepared.trials[0]
-            split = first.task.splits[name]
-            self._scored[name] = score_trials(
-                lambda batch: fitted.forward(fitted.chosen, fitted.state.dials, batch),
-                first.evaluation(name),
-                first.task.classes,
-                split.groups,
-                num_rows=len(split.labels),
-                progress=first.settings.run.progress,
+            first = self._prepared.trials[0]
+            self._scored[name] = first.problem.score(
+                name, self._predict, first.settings.run.progress
             )
         return self._scored[name]
+
+    def _kept(self, problem: LanguageProblem) -> Sequence[Mapping[str, Any]] | None:
+        """How much of what the base knew every trial has kept."""
+        if self._known is None and problem.known is not None:
+            self._known = problem.kept(self._predict)
+        return self._known
+
+    def _predict(self, batch: Mapping[str, Any]) -> Any:
+        fitted = self._fitted
+        return fitted.forward(fitted.chosen, fitted.state.dials, batch)
+
+    def _said(self, problem: Answering, name: str) -> Sequence[Said]:
+        """What every trial answers to the questions of a split."""
+        if name not in self._answers:
+            fitted, wanted = self._fitted, self._prepared.trials[0].settings.evaluate
+            assert wanted.answers is not None
+            # The keys of all trials are held at once.
+            together = max(wanted.batch_size // len(fitted.ended), 1)
+            self._answers[name] = problem.speaker(
+                name, wanted.answers, together
+            ).unmerged(fitted.adapted, fitted.frozen, fitted.chosen, fitted.state.dials)
+        return self._answers[name]
 
 
 def flat_numbers(result: Mapping[str, Any]) -> dict[str, float]:
@@ -111,9 +139,3 @@ def flat_numbers(result: Mapping[str, Any]) -> dict[str, float]:
             if value["estimate"] is not None:
                 found[f"{split}/{name}"] = value["estimate"]
     return found
-
-
-def _by_row(predictions: Predictions) -> dict[str, np.ndarray]:
-    """What is stored per row; the names of the classes stand in the result."""
-    arrays = predictions.arrays()
-    return {name: array for name, array in arrays.items() if name != "classes"}

@@ -6,10 +6,10 @@ seed) gives the trial its id; where it runs and who watches it do not.
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lowrank.adapt.rules import AnyRule, Freeze, Rule, Train
+from lowrank.adapt.rules import AnyRule
 from lowrank.core.errors import BadInput, UnknownName, nearest
 from lowrank.core.spec import (
     build,
@@ -21,8 +21,9 @@ from lowrank.core.spec import (
     without_later,
 )
 from lowrank.data.buckets import Batching
+from lowrank.data.sequences import Sequences
 from lowrank.data.tasks import CATALOGUE as DATA
-from lowrank.deltas.catalogue import CATALOGUE as DELTAS
+from lowrank.run.delta_group import make_rules
 from lowrank.run.profile import Profile
 from lowrank.run.ranks_group import Ranks, chosen, filled
 from lowrank.run.sweep import Halving, SweepSpec
@@ -53,6 +54,16 @@ ASIDE = ("mesh", "track", "run", "plugins", "sweep", "profile")
 #: purpose is continued by the same command without the stop.
 #: Ranks count, not where they were taken from.
 NOT_IN_ID = {"loop": ("stop_after",), "base": ("name",), "ranks": ("from",)}
+
+
+#: How rows become batches, by the `kind` of the data.
+BATCHINGS: Mapping[str, type] = {
+    "classes": Batching,
+    "values": Batching,
+    "answers": Sequences,
+    "choices": Sequences,
+    "text": Sequences,
+}
 
 
 @spec
@@ -88,6 +99,11 @@ class Evaluation:
       level: Confidence level of the intervals.
       latency: Whether base, unmerged and merged inference are timed.
       test: Whether the test split is scored; False keeps it sealed.
+      answers: The most tokens of an answer that a language model says to every
+        question, to be compared with the right ones; None: it says nothing, and only
+        the right answers' likelihood is told.
+      known: A plain file of texts that a language model knew: how much less likely it
+        finds them after training is told; None: it is not.
     """
 
     batch_size: int = 64
@@ -95,6 +111,12 @@ class Evaluation:
     level: float = 0.95
     latency: bool = True
     test: bool = True
+    answers: int | None = None
+    known: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.answers is not None and self.answers < 1:
+            raise BadInput(f"answers must be at least 1, or null, not {self.answers}")
 
 
 @spec
@@ -138,7 +160,7 @@ class Settings:
 
     base: BaseSpec
     data: Any
-    batching: Batching
+    batching: Batching | Sequences
     delta: Mapping[str, Any]
     optim: AdamW
     penalty: Penalties
@@ -168,7 +190,12 @@ class Settings:
         """Divisor of every scale: the usual rank, which `delta.ranks` do not change."""
         return self.delta.get("rank")
 
-    def rules(self, head: str) -> list[AnyRule]:
+    @property
+    def start(self) -> str | None:
+        """The earlier adapter that corrections start from."""
+        return self.delta.get("start")
+
+    def rules(self, head: str | None) -> list[AnyRule]:
         """The rules that the delta group stands for, given the head's pattern."""
         return make_rules(self.delta, head, self.ranks)
 
@@ -190,10 +217,11 @@ def read(config: Mapping[str, Any]) -> Settings:
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
         raise BadInput(f"seed must be a whole number from 0 to 2**31 - 1, not {seed!r}")
+    source = build(data, DATA, "data")
     settings = Settings(
         base=plain(BaseSpec, _group(config, "base"), "base"),
-        data=build(data, DATA, "data"),
-        batching=plain(Batching, batching, "data.batching"),
+        data=source,
+        batching=plain(BATCHINGS[source.kind], batching, "data.batching"),
         delta=_group(config, "delta"),
         optim=build(_group(config, "optim"), OPTIMIZERS, "optim"),
         penalty=plain(Penalties, config.get("penalty"), "penalty"),
@@ -209,7 +237,20 @@ def read(config: Mapping[str, Any]) -> Settings:
         seed=seed,
         config={key: config.get(key) for key in known},
     )
-    settings.rules("head/**")
+    settings.rules("head/**" if BATCHINGS[source.kind] is Batching else None)
+    if settings.evaluate.answers is not None and source.kind != "answers":
+        raise BadInput(
+            f"evaluate.answers = {settings.evaluate.answers} is for questions, and "
+            f"data={data['name']} has {source.kind}: set it to null"
+        )
+    encoded = BATCHINGS[source.kind] is Batching
+    if settings.evaluate.known is not None and encoded:
+        raise BadInput(
+            f"evaluate.known = {settings.evaluate.known!r} is for language models, and "
+            f"data={data['name']} are for an encoder: set it to null"
+        )
+    if settings.start is not None:
+        _check_start(settings)
     if settings.track.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise BadInput(
             "track.tensorboard=true needs the package tensorboardX: install "
@@ -238,76 +279,25 @@ def read(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def _check_start(settings: Settings) -> None:
+    if not isinstance(settings.start, str) or not settings.start:
+        raise BadInput(
+            "delta.start names the folder of an adapter or of a finished run, not "
+            f"{settings.start!r}"
+        )
+    if settings.delta["name"] != "lora" or settings.ranks.move:
+        raise BadInput(
+            f"delta.start = {settings.start!r} goes with LoRA at ranks that stay: set "
+            "delta=lora and ranks=uniform or given"
+        )
+
+
 def _sweep(group: Any) -> SweepSpec:
     halving = group.get("halving") if isinstance(group, Mapping) else None
     if halving is not None:
         halving = plain(Halving, halving, "sweep.halving")
         group = {**group, "halving": halving}
     return plain(SweepSpec, group, "sweep")
-
-
-def make_rules(
-    delta: Mapping[str, Any], head: str, moved: Ranks = Ranks()
-) -> list[AnyRule]:
-    """Rules for a delta group: `lora` and its kin, `full` or `head`.
-
-    Args:
-      delta: name, rank, targets (a pattern or several), ranks, and the delta's own
-        fields. `ranks` maps patterns, of weights or of layers of a stack, to the rank
-        that they have instead, the first match first; 0 leaves them frozen. It changes
-        ranks only of what `targets` cover, and no scale.
-      head: Pattern of the weights trained in full beside the corrections.
-      moved: Says how many components are held where ranks move.
-
-    Raises:
-      BadInput: A field is unknown, missing or out of range.
-    """
-    fields = dict(delta)
-    name = fields.get("name")
-    if name == "head":
-        _no_more(fields, {"name"}, "delta=head")
-        return [Train(head, init="dense")]
-    if name == "full":
-        _no_more(fields, {"name"}, "delta=full")
-        return [Train(head, init="dense"), Train("**", init="keep")]
-    rank, targets = fields.pop("rank", None), fields.pop("targets", None)
-    ranks = fields.pop("ranks", None)
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise BadInput(f"delta.rank must be a whole number, not {rank!r}")
-    patterns = [targets] if isinstance(targets, str) else targets
-    if not isinstance(patterns, Sequence) or not patterns:
-        raise BadInput(f"delta.targets must be one pattern or several, not {targets!r}")
-    recipe = build(fields, DELTAS, "delta")
-    rule = lambda pattern, own, **more: Rule(
-        pattern, recipe, own, moved.held(own), **more
-    )
-    rest = [rule(p, rank, optional=bool(ranks)) for p in patterns]
-    among = lambda pattern, own: rule(pattern, own, among=tuple(patterns))
-    chosen = [] if ranks is None else _ranks(ranks, among)
-    return [Train(head, init="dense"), *chosen, *rest]
-
-
-def _ranks(ranks: Any, rule: Callable[[str, int], Rule]) -> list[Rule | Freeze]:
-    """The rules that `delta.ranks` stands for."""
-    if not isinstance(ranks, Mapping):
-        raise BadInput(
-            'delta.ranks maps patterns to ranks, as {"**/layer[0:3]/**": 4}, not '
-            f"{ranks!r}"
-        )
-    found: list[Rule | Freeze] = []
-    for pattern, rank in ranks.items():
-        if type(rank) is not int or rank < 0 or not isinstance(pattern, str):
-            raise BadInput(
-                f"delta.ranks[{pattern!r}] must be a whole number of at least 0, where "
-                f"0 leaves the layers frozen, not {rank!r}"
-            )
-        found.append(rule(pattern, rank) if rank else Freeze(pattern))
-    return found
-
-
-def _no_more(fields: Mapping[str, Any], known: set[str], where: str) -> None:
-    if extra := set(fields) - known:
-        raise UnknownName(f"{where} takes no {', '.join(sorted(extra))}")
 
 
 def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -334,11 +324,22 @@ def _told(name: str, group: Any) -> Any:
         if "bounds" in told:
             # Their order decides, as it does of `delta.ranks`.
             told["bounds"] = [list(pair) for pair in told["bounds"].items()]
+    if name == "data" and told.get("pair") is None:
+        # Named as it was before there were pairs.
+        told.pop("pair", None)
+    if name == "evaluate":
+        # Named as it was before models said anything.
+        for later in ("answers", "known"):
+            if told.get(later) is None:
+                told.pop(later, None)
     if name == "optim":
         told = without_later(told, OPTIMIZERS[told["name"]])
     if name == "delta":
         # Their order decides, and a hash of a mapping does not know it.
         ranks = told.pop("ranks", None)
+        if told.get("start") is None:
+            # Named as it was before there were others.
+            told.pop("start", None)
         told |= {"ranks": [list(pair) for pair in ranks.items()]} if ranks else {}
     return told
 

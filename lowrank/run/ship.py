@@ -1,6 +1,5 @@
 """What a run hands over: its trained tree, and the adapter in PEFT's layout."""
 
-import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from lowrank.deltas.base import Delta
 from lowrank.deltas.lora import LoRA
 from lowrank.deltas.triplet import Triplet
 from lowrank.io.adapter import collect
-from lowrank.io.bert import family_of
 from lowrank.io.files import write_atomically
 from lowrank.io.peft import write_adapter
 from lowrank.run.prepare import Prepared
@@ -24,48 +22,6 @@ from lowrank.run.ranks_group import RANKS
 from lowrank.run.stored import write_trained
 
 logger = logging.getLogger(__name__)
-
-_CARD = """# {name}
-
-LoRA adapter of `{base}` for `{task}`, {classes} classes, trained with `lowrank`.
-
-* License of the base: {license}
-* Fingerprint of the base: `{fingerprint}`
-* Trial: `{trial}`; its folder holds config, metrics, costs and predictions.
-
-With `lowrank`: `lowrank.load_run("<folder of the run>")`. With PEFT:
-
-```python
-{code}
-```
-"""
-_POOLED = """import torch
-from peft import PeftModel
-from transformers import AutoModel
-
-class Classifier(torch.nn.Module):
-    def __init__(self, bert, classes):
-        super().__init__()
-        self.bert = bert
-        self.classifier = torch.nn.Linear(bert.config.hidden_size, classes)
-
-    def forward(self, input_ids, attention_mask):
-        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
-        {pooled}
-        return self.classifier(pooled)
-
-bert = AutoModel.from_pretrained(BASE, add_pooling_layer=False)
-model = PeftModel.from_pretrained(Classifier(bert, {classes}), ADAPTER)"""
-_POOLS = {
-    "mean": """mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)""",
-    "cls": "pooled = hidden[:, 0]",
-}
-_POOLER = """from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
-
-model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels={classes})
-model = PeftModel.from_pretrained(model, ADAPTER)"""
 
 
 def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) -> None:
@@ -82,8 +38,13 @@ def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) ->
     for path in prepared.adapted.sites:
         if prepared.adapted.recipe(path) not in recipes:
             recipes.append(prepared.adapted.recipe(path))
-    heads = [p for p in prepared.adapted.fully_trained if not matches(base.head, p)]
-    if base.spec is None or heads or len(recipes) != 1:
+    whole = [
+        path
+        for path in prepared.adapted.fully_trained
+        if base.head is None or not matches(base.head, path)
+    ]
+    shipping = prepared.problem.shipping(settings)
+    if shipping is None or whole or len(recipes) != 1:
         logger.info("PEFT has no layout for this run; trained.safetensors has it all")
         return
     (recipe,) = recipes
@@ -91,34 +52,17 @@ def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) ->
     if isinstance(recipe, Triplet):
         trained = _folded(trained)
     assert isinstance(recipe, LoRA | Triplet)
-    family = family_of(base.hf_config or {}, base.name)
-    # The card's module calls any encoder so, and BERT's own are called so.
-    module = functools.partial(family.module, prefix="bert.")
-    classes = len(prepared.task.classes)
-    pooling = settings.base.pooling
-    code = _POOLER if pooling == "pooler" else _POOLED
-    code = code.replace("{pooled}", _POOLS.get(pooling, ""))
     write_adapter(
         directory / "adapter",
-        collect(trained, dials, module, rsqrt=rsqrt),
+        collect(trained, dials, shipping.module, rsqrt=rsqrt),
         base=settings.base.source,
-        card=_CARD.format(
-            name=settings.trial_id,
-            base=settings.base.source,
-            task=prepared.task.name,
-            classes=classes,
-            license=base.provenance.get("license", "not stated"),
-            fingerprint=base.fingerprint,
-            trial=settings.trial_id,
-            code=code.replace("{classes}", str(classes)),
-        ),
-        task_type="SEQ_CLS" if pooling == "pooler" else None,
+        card=shipping.card,
+        task_type=shipping.task_type,
         dropout=recipe.dropout,
         notes={
             "base_fingerprint": base.fingerprint,
             "ref_rank": prepared.adapted.ref_rank,
-            "pooling": pooling,
-            "classes": list(prepared.task.classes),
+            **shipping.notes,
         },
     )
 

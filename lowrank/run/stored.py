@@ -22,8 +22,14 @@ from lowrank.data.tokens import tokenize
 from lowrank.io.files import write_atomically
 from lowrank.io.history import RankHistory, read_history
 from lowrank.io.hub import Base
+from lowrank.io.language import Language
 from lowrank.io.view import RecordView, load_record
-from lowrank.run.prepare import adapt, load_base, max_length
+from lowrank.run.answering import talk_of
+from lowrank.run.forward import inputs_of
+from lowrank.run.labeled import batching_of, max_length
+from lowrank.run.prepare import adapt
+from lowrank.run.problems import reopen_base
+from lowrank.run.saying import Speaker
 from lowrank.run.settings import Settings, read
 
 #: The trained tree and the dials of a run, in the run's own layout.
@@ -41,21 +47,30 @@ class Run:
       base: The pretrained model.
       adapted: The model with its corrections.
       trained, dials: Of the run's best state.
-      classes: Names of the labels, in the order of the logits.
+      facts: What its result says of its data.
     """
 
     record: RecordView
     settings: Settings
-    base: Base
+    base: Base | Language
     adapted: Adapted
     trained: Trained
     dials: Dials
-    classes: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels, in the order of the logits; none of a language model."""
+        return tuple(self.facts.get("classes", ()))
 
     def logits(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """Logits of a batch of "ids" and "mask"."""
-        inputs = {"ids": jnp.asarray(batch["ids"]), "mask": jnp.asarray(batch["mask"])}
-        return np.asarray(self._program(self.adapted.frozen(), inputs))
+        """Logits of a batch of "ids", "mask" and, of pairs, "type_ids"."""
+        inputs = jax.tree.map(jnp.asarray, inputs_of(batch))
+        return np.asarray(self.outputs(inputs))
+
+    def outputs(self, inputs: Any) -> Any:
+        """What the adapted model makes of its inputs: logits, or scores of tokens."""
+        return self._program(self.adapted.frozen(), inputs)
 
     @property
     def ranks(self) -> RankHistory:
@@ -146,11 +161,8 @@ def load_run(directory: str | Path, *, cache: str | None = None) -> Run:
     if cache is not None:
         run = dataclasses.replace(settings.run, cache=cache)
         settings = dataclasses.replace(settings, run=run)
-    base = load_base(settings, len(record.result["data"]["classes"]))
-    example = {
-        "ids": jax.ShapeDtypeStruct((1, 8), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((1, 8), jnp.bool_),
-    }
+    facts = record.result["data"]
+    base, example = reopen_base(settings, facts)
     (adapted,) = adapt(base, [settings], example).alone
     trained = jax.eval_shape(adapted.init_trained, jax.random.key(0))
     like = {"trained": trained, "dials": shapes_of(adapted.dials())}
@@ -163,39 +175,69 @@ def load_run(directory: str | Path, *, cache: str | None = None) -> Run:
         adapted,
         stored["trained"],
         stored["dials"],
-        tuple(record.result["data"]["classes"]),
+        facts,
     )
 
 
-def predict(run: Run, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Labels and probabilities for new texts.
+def predict(
+    run: Run, texts: Sequence[str | Sequence[str]], *, longest: int = 64
+) -> list[dict[str, Any]]:
+    """What a run's model makes of new texts.
 
     Args:
       run: From `load_run`.
-      texts: One string per row, none of them empty.
+      texts: One string per row, none of them empty: texts to label, or questions. Of
+        a run on pairs, two strings per row.
+      longest: The most tokens of an answer.
 
     Returns:
-      One dict per text: "label", "probability", and "logits" over `run.classes`.
+      One dict per text: "label", "probability", and "logits" over `run.classes`; of
+      regression "value"; of a language model "answer", what it finds likeliest token
+      by token.
+
+    Raises:
+      BadInput: A row is of another form, or too long for an answer.
     """
-    if isinstance(texts, str) or not all(isinstance(t, str) and t for t in texts):
-        raise BadInput("predict takes a list of non-empty strings")
-    limit = max_length(run.settings, run.base)
-    labels = np.zeros(len(texts), np.int32)
-    split = Split(tuple(map(str, range(len(texts)))), tuple(texts), labels, None)
+    paired = getattr(run.settings.data, "pair", None) is not None
+    rows = [tuple(x) if isinstance(x, tuple | list) else (x,) for x in texts]
+    full = all(isinstance(text, str) and text for row in rows for text in row)
+    if isinstance(texts, str) or not full or {*map(len, rows)} - {1 + paired}:
+        what = "pairs of non-empty strings" if paired else "non-empty strings"
+        raise BadInput(f"predict takes a list of {what}")
+    firsts, *seconds = zip(*rows, strict=True) if rows else [()]
+    if isinstance(run.base, Language):
+        return _answers(run, firsts, longest)
+    labels = np.zeros(len(rows), np.int32)
+    split = Split(tuple(map(str, range(len(rows)))), firsts, labels, None, *seconds)
+    limit = max_length(run.settings.base, run.base)
     with tempfile.TemporaryDirectory() as folder:
         tokens = tokenize(
             split, run.base.tokenizer, max_length=limit, data="texts", cache=folder
         )
-    rows: list[dict[str, Any]] = [{} for _ in texts]
-    for batch in eval_batches(tokens, labels, run.settings.batching):
-        logits = run.logits(batch)
-        probabilities = np.asarray(jax.nn.softmax(jnp.asarray(logits), axis=-1))
+    found: list[dict[str, Any]] = [{} for _ in rows]
+    for batch in eval_batches(tokens, labels, batching_of(run.settings)):
+        outputs = run.logits(batch)
         for at, index in enumerate(batch["index"]):
             if index >= 0:
-                best = int(probabilities[at].argmax())
-                rows[index] = {
-                    "label": run.classes[best],
-                    "probability": float(probabilities[at, best]),
-                    "logits": logits[at],
-                }
-    return rows
+                found[index] = _told(run, outputs[at])
+    return found
+
+
+def _told(run: Run, outputs: np.ndarray) -> dict[str, Any]:
+    """What the outputs of a row say."""
+    if run.settings.data.kind == "values":
+        return {"value": float(outputs[0]) * run.facts["scale"] + run.facts["mean"]}
+    probabilities = np.asarray(jax.nn.softmax(jnp.asarray(outputs)))
+    best = int(probabilities.argmax())
+    return {
+        "label": run.classes[best],
+        "probability": float(probabilities[best]),
+        "logits": outputs,
+    }
+
+
+def _answers(run: Run, questions: Sequence[str], longest: int) -> list[dict[str, Any]]:
+    assert isinstance(run.base, Language)
+    speaker = Speaker(run.base, talk_of(run.base), questions, tokens=longest)
+    merged = run.adapted.merge(run.adapted.frozen(), run.trained, run.dials)
+    return [{"answer": text} for text in speaker.merged(merged).texts]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from lowrank.adapt.sites import Site, discover
 from lowrank.core.errors import BadInput
@@ -14,7 +13,8 @@ from lowrank.core.paths import layers_of, select
 from lowrank.core.spec import fields_of, spec
 from lowrank.core.trees import flatten
 from lowrank.io.hub import Base
-from lowrank.run.prepare import open_base
+from lowrank.io.language import Language
+from lowrank.run.problems import open_any
 from lowrank.run.settings import BaseSpec, check_groups, load_plugins, plain
 
 #: Version of what `survey` returns; raised when a key changes its meaning.
@@ -73,8 +73,14 @@ def survey(config: Mapping[str, Any]) -> dict[str, Any]:
     wanted = plain(BaseSpec, config.get("base"), "base")
     fields = {name: config[name] for name in fields_of(Survey) if name in config}
     asked = plain(Survey, fields, "sites")
-    base = open_base(wanted, asked.num_classes, asked.cache)
-    inputs = _inputs(base, asked)
+    shape = (asked.rows, asked.tokens)
+    base, inputs = open_any(wanted, asked.num_classes, asked.cache, shape)
+    own = isinstance(base, Base) and base.example is not None
+    if asked.tokens > base.max_length and not own:
+        raise BadInput(
+            f"{asked.tokens} tokens are more than {base.max_length}, the longest "
+            f"input that {base.name} was made for"
+        )
     leaves, _ = flatten(base.params)
     shown = select(asked.pattern, leaves)
     sites = _discovered(base, inputs)
@@ -94,27 +100,9 @@ def survey(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _inputs(base: Base, asked: Survey) -> Any:
-    if base.example is not None:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)),
-            base.example,
-        )
-    if asked.tokens > base.max_length:
-        raise BadInput(
-            f"{asked.tokens} tokens are more than {base.max_length}, the longest "
-            f"input that {base.name} was made for"
-        )
-    shape = (asked.rows, asked.tokens)
-    return {
-        "ids": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
-    }
-
-
-def _discovered(base: Base, inputs: Any) -> Mapping[str, Site]:
+def _discovered(base: Base | Language, inputs: Any) -> Mapping[str, Site]:
     try:
-        return discover(base.apply, base.params, inputs)
+        return discover(base.outputs, base.params, inputs)
     # A model of the user's may raise anything.
     except Exception as error:
         if isinstance(error, BadInput) or base.spec is not None:

@@ -20,7 +20,6 @@ from lowrank.io.record import STATUS, read_status
 from lowrank.io.seals import write_sealed
 from lowrank.io.view import load_record
 from lowrank.report.arms import numbers
-from lowrank.run.checks import check_metric
 from lowrank.run.packs import Outcome
 from lowrank.run.prepare import prepare
 from lowrank.run.sweep import Halving, SweepSpec
@@ -78,13 +77,14 @@ class Race:
         settings = trials[0].settings
         metric = rule.metric or settings.loop.select
         prepared = prepare(settings)
-        if "validation" not in prepared.task.splits:
+        if "validation" not in prepared.problem.rows:
             raise BadInput(
                 "sweep.halving compares trials by a validation number, and "
-                f"{prepared.task.name} has no validation split: give one, or "
+                f"{prepared.problem.name} has no validation split: give one, or "
                 "sweep=default"
             )
-        check_metric("sweep.halving.metric", metric, prepared.evaluation("validation"))
+        validation = prepared.evaluation("validation")
+        prepared.problem.judge.check("sweep.halving.metric", metric, validation)
         if settings.non_finite.action == "rollback":
             raise BadInput(
                 "sweep.halving joins trials of several packs, and with "

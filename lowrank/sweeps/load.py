@@ -22,6 +22,7 @@ import pandas as pd
 import yaml
 
 from lowrank.core.errors import BadInput, Corrupt
+from lowrank.evaluate import tokens, values
 from lowrank.evaluate.metrics import STANDARD
 from lowrank.evaluate.stats import LEVEL
 from lowrank.io.files import local_path, read_json
@@ -34,7 +35,11 @@ from lowrank.sweeps.rungs import RUNGS, Decision, decisions
 
 #: What the launcher may leave in the directory: at least the trials it has planned.
 PLAN = "sweep.json"
-LOWER_IS_BETTER = frozenset(m.name for m in STANDARD if not m.higher_is_better)
+LOWER_IS_BETTER = (
+    tokens.LOWER_IS_BETTER
+    | values.LOWER_IS_BETTER
+    | {m.name for m in STANDARD if not m.higher_is_better}
+)
 _FIRST = ("trial", "status", "reason", "best_step", "steps")
 _VALIDATION = "validation/"
 _OURS = (STATUS, CONFIG, METRICS, RESULT)

@@ -1,14 +1,14 @@
 """What is in the directory of a trial before a sweep runs it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from lowrank.core.errors import CannotWrite, Corrupt
 from lowrank.core.spec import digest
 from lowrank.io.files import LOCK_NAME
 from lowrank.io.record import Record, stored_result
 from lowrank.run.packs import Outcome
-from lowrank.run.prepare import identity_of, load_base
+from lowrank.run.prepare import identity_of
+from lowrank.run.problems import load_problem
 from lowrank.run.settings import Settings
 from lowrank.sweeps.group import Trial
 
@@ -55,8 +55,5 @@ class Look:
         parts = [settings.config[name] for name in ("base", "data")]
         key = digest([*parts, settings.run.cache])
         if key not in self._identities:
-            cache = settings.run.cache
-            task = settings.data.load(Path(cache) / "data" if cache else None)
-            base = load_base(settings, len(task.classes))
-            self._identities[key] = identity_of(settings, base, task)
+            self._identities[key] = identity_of(settings, load_problem(settings))
         return {**self._identities[key], "config": settings.trial_id}

@@ -109,7 +109,7 @@ def test_damage_to_a_finished_run_is_never_silent(
     print(f"seed {SEED}")
     run = stored.load_run(undisturbed)
     # Neither depends on the files damaged here, and both take seconds.
-    monkeypatch.setattr(stored, "load_base", lambda settings, classes: run.base)
+    monkeypatch.setattr(stored, "reopen_base", lambda *given: (run.base, None))
     own = types.SimpleNamespace(alone=[run.adapted])
     monkeypatch.setattr(stored, "adapt", lambda *a, **k: own)
     expected = everything(undisturbed)

@@ -16,7 +16,8 @@ from lowrank.io.record import Record
 from lowrank.io.view import load_record
 from lowrank.run.door import command
 from lowrank.run.packs import Outcome
-from lowrank.run.prepare import directory_of, identity_of, load_base
+from lowrank.run.prepare import directory_of, identity_of
+from lowrank.run.problems import load_problem
 from lowrank.sweeps.launch import Packing
 
 GRID = ("optim.lr=0.1,0.2", "seed=1,2")
@@ -29,8 +30,7 @@ class Killed(BaseException):
 def facts(settings, known={}):  # noqa: B006
     """Fingerprints of base, data and code, taken once for all tests."""
     if not known:
-        task = settings.data.load(Path(settings.run.cache) / "data")
-        known |= identity_of(settings, load_base(settings, len(task.classes)), task)
+        known |= identity_of(settings, load_problem(settings))
     return known
 
 

@@ -163,8 +163,8 @@ def run(request, world):
 
     def fitted(*seeds, **more):
         batches = TrainPipeline(
-            prepared.tokens["train"],
-            prepared.task.splits["train"].labels,
+            prepared.labeled.tokens["train"],
+            prepared.labeled.task.splits["train"].labels,
             batching=prepared.settings.batching,
             trial_seeds=seeds,
             num_epochs=2,

@@ -36,8 +36,8 @@ def fitter(prepared):
 
     def fitted(*seeds, **more):
         batches = TrainPipeline(
-            prepared.tokens["train"],
-            prepared.task.splits["train"].labels,
+            prepared.labeled.tokens["train"],
+            prepared.labeled.task.splits["train"].labels,
             batching=prepared.settings.batching,
             trial_seeds=seeds,
             num_epochs=2,
@@ -238,8 +238,8 @@ def test_the_seeds_of_batches_and_trials_agree(prepared):
         fit(prepared.adapted, prepared.batches, seeds=(5,))
     mixed = [OPTIM, dataclasses.replace(OPTIM, schedule="cosine")]
     batches = TrainPipeline(
-        prepared.tokens["train"],
-        prepared.task.splits["train"].labels,
+        prepared.labeled.tokens["train"],
+        prepared.labeled.task.splits["train"].labels,
         batching=prepared.settings.batching,
         trial_seeds=(0, 1),
         num_epochs=1,

@@ -6,68 +6,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tiny_language import write_llama, write_meanings
 
 from experiments import data_to_text
 from lowrank.adapt.attach import attach
 from lowrank.adapt.rules import Rule
 from lowrank.core.errors import BadInput
-from lowrank.data.builders import rnnlg
 from lowrank.data.packing import one_by_one, packed
 from lowrank.data.sequences import SequencePipeline, eval_rows
-from lowrank.data.talk import Spoken, Talk
+from lowrank.data.talk import Spoken
 from lowrank.deltas.lora import LoRA
-from lowrank.io.decoder_configs import spec_from_config
 from lowrank.io.language import load
 from lowrank.io.peft import read_adapter
-from lowrank.models.decoder import LanguageModel
+from lowrank.run.answering import talk_of
 from lowrank.run.fit import fit
 from lowrank.run.judges import OF_TOKENS
+from lowrank.run.language import INPUTS
+from lowrank.run.saying import Speaker
 from lowrank.train.loop import LoopSpec
 from lowrank.train.losses import next_token
 from lowrank.train.optim import AdamW
 
-WORDS = [
-    *("<unk>", "<end>", "<user>", "<assistant>", "Say", "this", "to", "a", "customer"),
-    *("as", "one", "sentence", "or", "two", "is", "the", "in", "red", "blue", "big"),
-    *("small", "inform", "color", "size", "name", "x", "y", "z", "(", ")", "=", ";"),
-    *(",", ":"),
-]
-CONFIG = {
-    "model_type": "llama", "vocab_size": len(WORDS), "hidden_size": 16,
-    "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True, "eos_token_id": 1, "pad_token_id": 0,
-    "initializer_range": 0.2,
-}  # fmt: skip
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-INPUTS = data_to_text.INPUTS
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama with a tokenizer that knows the words of a tiny world."""
-    root = tmp_path_factory.mktemp("llama")
-    (root / "config.json").write_text(json.dumps(CONFIG))
-    shape, family = spec_from_config(CONFIG, "here")
-    one = {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)}
-    params = jax.jit(LanguageModel(shape).init)(jax.random.key(0), one)["params"]
-    save_file(family.to_hf(params), root / "model.safetensors")
-    made = Tokenizer(
-        models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-    )
-    made.add_special_tokens([AddedToken(w) for w in ("<end>", "<user>", "<assistant>")])
-    made.save(str(root / "tokenizer.json"))
-    settings = {"eos_token": "<end>", "chat_template": TEMPLATE}
-    (root / "tokenizer_config.json").write_text(json.dumps(settings))
-    return root
+    return write_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -164,16 +127,7 @@ def test_another_number_to_choose_by_is_refused():
 
 @pytest.fixture
 def meanings(tmp_path):
-    """Files as RNNLG's, about the tiny world."""
-    rows = [
-        [f"inform(color={c};size={s};name={n})", f"{n} is {s} in {c}", "x"]
-        for c in ("red", "blue")
-        for s in ("big", "small")
-        for n in ("x", "y", "z", "the", "a", "one", "two", "this")
-    ]
-    for number, name in enumerate(rnnlg.FILES):
-        (tmp_path / name).write_text(json.dumps(rows[number::3]))
-    return tmp_path
+    return write_meanings(tmp_path)
 
 
 def plan(folder, meanings, **more):
@@ -208,10 +162,9 @@ def test_the_experiment_tells_before_from_after(folder, meanings):
     again = load(str(meanings / "merged"), precision="highest")
     assert again.fingerprint != load(str(folder)).fingerprint
     (first,) = (one["after"] for one in found["examples"][:1])
-    talk = Talk(again.tokenizer, again.chat_template, end=again.end, begin=again.begin)
-    rows = data_to_text.task_of(plan(folder, meanings).data).splits["test"]
-    said, _ = data_to_text.say(again, again.params, talk, rows, plan(folder, meanings))
-    assert said[0] == first
+    rows = plan(folder, meanings).data.load().splits["test"]
+    speaker = Speaker(again, talk_of(again), rows.questions, tokens=8, together=4)
+    assert speaker.merged(again.params).texts[0] == first
 
 
 def test_plans_that_cannot_be(folder, meanings):

@@ -85,8 +85,9 @@ def test_a_sample_is_drawn_without_order_and_alike_for_all(
 ):
     own = (*SMALL, *world.overrides())
     monkeypatch.setattr(real, "SOURCES", {"words": own})
-    prepared = real._prepared(Real("words", 2).arguments)
-    tokens, labels = prepared.tokens["test"], prepared.task.splits["test"].labels
+    prepared = real._prepared(Real("words", 2).arguments).labeled
+    tokens = prepared.tokens["test"]
+    labels = prepared.task.splits["test"].labels
     whole = {(tuple(tokens.row(n)), int(labels[n])) for n in range(len(tokens))}
     seen = []
     for batch in real.sample(prepared, "test", count):

@@ -1,0 +1,112 @@
+"""Questions and answers: a language model that is taught to say them.
+
+The loss is that of the answers' tokens. What a model says by itself is another matter:
+`evaluate.answers` lets it speak, see `run.saying`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank.core.errors import BadInput, UnknownName
+from lowrank.data.answers import AnswerTask
+from lowrank.data.talk import Talk
+from lowrank.evaluate import texts
+from lowrank.io.language import Language
+from lowrank.run.language import (
+    LanguageProblem,
+    Windows,
+    check_length,
+    known_texts,
+    open_language,
+)
+from lowrank.run.saying import Said, Speaker
+from lowrank.run.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answering(LanguageProblem):
+    """Questions and answers for a language model; see `problem.Problem`.
+
+    Attributes:
+      task: The data, checked.
+      talk: How the base is spoken to.
+    """
+
+    task: AnswerTask
+    talk: Talk
+
+    def speaker(self, split: str, tokens: int, together: int) -> Speaker:
+        """Puts the questions of a split; see `run.saying`."""
+        questions = self.task.splits[split].questions
+        return Speaker(
+            self.base, self.talk, questions, tokens=tokens, together=together
+        )
+
+    def compared(self, split: str, said: Said, **options: Any) -> dict[str, Any]:
+        """Metrics of answers that were said; see `evaluate.texts.report`."""
+        rows = self.task.splits[split]
+        return texts.report(said.texts, rows.answers, rows.groups, **options)
+
+
+def load_answering(settings: Settings) -> Answering:
+    """Loads and checks data and base.
+
+    Raises:
+      BadInput: Anything is missing, damaged or does not fit.
+    """
+    task = _task(settings)
+    if "train" not in task.splits:
+        raise BadInput(f"task {task.name!r} has no train split")
+    return _answering(settings, open_language(settings.base, settings.run.cache), task)
+
+
+def answering_again(
+    settings: Settings, base: Language, facts: Mapping[str, Any], split: str
+) -> Answering:
+    """One split of the data that the settings name, for a finished run's model.
+
+    Raises:
+      BadInput: There is no such split.
+    """
+    del facts
+    task = _task(settings)
+    if split not in task.splits:
+        raise UnknownName(f"no split {split!r}; there are {', '.join(task.splits)}")
+    own = dataclasses.replace(task, splits={split: task.splits[split]})
+    return _answering(settings, base, own)
+
+
+def talk_of(base: Language) -> Talk:
+    """How a base is spoken to, as its files say."""
+    return Talk(base.tokenizer, base.chat_template, end=base.end, begin=base.begin)
+
+
+def _task(settings: Settings) -> AnswerTask:
+    cache = settings.run.cache
+    return settings.data.load(Path(cache) / "data" if cache else None)
+
+
+def _answering(settings: Settings, base: Language, task: AnswerTask) -> Answering:
+    talk = talk_of(base)
+    length = check_length(settings, base)
+    found = Answering(
+        settings=settings,
+        base=base,
+        name=task.name,
+        fingerprint=task.fingerprint,
+        splits={
+            name: Windows(talk.spoken(rows, length), rows.ids, rows.groups)
+            for name, rows in task.splits.items()
+        },
+        known=known_texts(settings, base),
+        task=task,
+        talk=talk,
+    )
+    if (tokens := settings.evaluate.answers) is not None:
+        # What would be found missing after training.
+        texts.text_metrics()
+        for split in {"validation", "test"} & {*task.splits}:
+            found.speaker(split, tokens, 1)
+    return found

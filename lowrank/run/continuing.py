@@ -1,0 +1,56 @@
+"""Texts as they are: a language model that is to find them likely."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank.core.errors import UnknownName
+from lowrank.data.splits import Task
+from lowrank.io.language import Language
+from lowrank.run.language import (
+    LanguageProblem,
+    check_length,
+    known_texts,
+    open_language,
+    windows_of,
+)
+from lowrank.run.settings import Settings
+
+
+def load_continuing(settings: Settings) -> LanguageProblem:
+    """Loads and checks data and base.
+
+    Raises:
+      BadInput: Anything is missing, damaged or does not fit.
+    """
+    task = settings.data.load()
+    base = open_language(settings.base, settings.run.cache)
+    return _continuing(settings, base, task, [*task.splits])
+
+
+def continuing_again(
+    settings: Settings, base: Language, facts: Mapping[str, Any], split: str
+) -> LanguageProblem:
+    """One split of the data that the settings name, for a finished run's model.
+
+    Raises:
+      BadInput: There is no such split.
+    """
+    del facts
+    task = settings.data.load()
+    if split not in task.splits:
+        raise UnknownName(f"no split {split!r}; there are {', '.join(task.splits)}")
+    return _continuing(settings, base, task, [split])
+
+
+def _continuing(
+    settings: Settings, base: Language, task: Task, splits: list[str]
+) -> LanguageProblem:
+    length = check_length(settings, base)
+    return LanguageProblem(
+        settings=settings,
+        base=base,
+        name=task.name,
+        fingerprint=task.fingerprint,
+        splits={name: windows_of(base, task.splits[name], length) for name in splits},
+        known=known_texts(settings, base),
+    )

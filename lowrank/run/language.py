@@ -1,0 +1,316 @@
+"""A language model on any sequences: batches, numbers and how its adapter leaves.
+
+The loss is that of the counted tokens, in nats per token, and so are the numbers of a
+validation. `run.answering` and `run.continuing` say where sequences come from.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.core.errors import BadInput
+from lowrank.data.packing import one_by_one, packed
+from lowrank.data.passages import documents, windows
+from lowrank.data.sequences import SequencePipeline, Sequences, eval_rows
+from lowrank.data.splits import Split
+from lowrank.data.talk import Spoken
+from lowrank.evaluate.tokens import TokenSums, score_tokens
+from lowrank.io import language
+from lowrank.io.language import Language
+from lowrank.run.forward import Batch
+from lowrank.run.judges import OF_TOKENS, Judge, Predict
+from lowrank.run.problem import Shipping
+from lowrank.run.settings import BaseSpec, Settings
+from lowrank.train.losses import Loss, next_token
+
+#: What a model of sequences reads of a batch.
+INPUTS = ("ids", "label", "mask", "positions", "segments")
+_CARD = """# {name}
+
+LoRA adapter of `{base}` for `{task}`, trained with `lowrank`.
+
+* License of the base: {license}
+* Fingerprint of the base: `{fingerprint}`
+* Trial: `{name}`; its folder holds config, metrics, costs and predictions.
+
+With `lowrank`: `lowrank.load_run("<folder of the run>")`. With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(BASE)
+model = PeftModel.from_pretrained(model, ADAPTER)
+```
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Sequences of a split.
+
+    Attributes:
+      spoken: Their tokens.
+      ids: Names of the rows.
+      groups: What makes rows dependent.
+    """
+
+    spoken: Spoken
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """How likely a model finds a split's counted tokens; see `problem.Scored`.
+
+    Attributes:
+      sums: Of every row.
+      groups: What makes rows dependent.
+    """
+
+    sums: TokenSums
+    groups: tuple[str, ...]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Negative log-probability in nats, tokens, and those that were likeliest."""
+        names = ("loss", "tokens", "correct")
+        return {name: self.sums.terms[:, n] for n, name in enumerate(names)}
+
+    def report(self, *, resamples: int, level: float) -> dict[str, Any]:
+        """Loss, perplexity and accuracy; whole groups are resampled."""
+        metrics = self.sums.report(self.groups, resamples=resamples, level=level)
+        return {
+            "num_rows": len(self.groups),
+            "num_tokens": int(self.sums.terms[:, 1].sum()),
+            "clustered": True,
+            "metrics": metrics,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageProblem:
+    """Sequences for a language model; see `problem.Problem`.
+
+    Attributes:
+      settings: What was asked for.
+      splits: The sequences.
+      known: Sequences that the base is to go on knowing; None if that is not looked at.
+    """
+
+    settings: Settings
+    base: Language
+    name: str
+    fingerprint: str
+    splits: Mapping[str, Windows]
+    known: Windows | None = None
+    loss: Loss = dataclasses.field(default=next_token)
+    judge: Judge = OF_TOKENS
+
+    @property
+    def checks(self) -> Mapping[str, Any]:
+        return {
+            "task": self.name,
+            "fingerprint": self.fingerprint,
+            "splits": {
+                name: {
+                    "rows": len(own.ids),
+                    "groups": len({*own.groups}),
+                    "longest": max(map(len, own.spoken.ids)),
+                }
+                for name, own in self.splits.items()
+            },
+        }
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        return {name: len(own.ids) for name, own in self.splits.items()}
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {}
+
+    def inputs(self, batch: Mapping[str, Any]) -> Any:
+        return {name: batch[name] for name in INPUTS}
+
+    def full(self, rows: int, width: int) -> Any:
+        shape = (rows, width)
+        ones = jnp.ones(shape, jnp.int32)
+        return {
+            "ids": ones,
+            "label": ones,
+            "mask": jnp.ones(shape, bool),
+            "positions": jnp.broadcast_to(jnp.arange(width), shape),
+            "segments": jnp.zeros(shape, jnp.int32),
+        }
+
+    def batches(self, seeds: Sequence[int]) -> SequencePipeline:
+        batching = batching_of(self.settings)
+        spoken, pad = self.splits["train"].spoken, self.base.spec.pad_id
+        alone = functools.partial(one_by_one, spoken, pad)
+        return SequencePipeline(
+            packed(spoken, batching.length, pad) if batching.together else alone(),
+            batch_size=batching.batch_size,
+            trial_seeds=seeds,
+            num_epochs=self.settings.optim.epochs,
+        )
+
+    def evaluation(self, split: str) -> Sequence[Batch]:
+        return self._one_by_one(self.splits[split])
+
+    def ids(self, split: str) -> Sequence[str]:
+        return self.splits[split].ids
+
+    def score(self, split: str, predict: Predict, progress: bool) -> list[Likelihood]:
+        del progress
+        return self._scored(self.splits[split], predict)
+
+    def kept(self, predict: Predict) -> list[dict[str, Any]] | None:
+        """How likely every trial still finds what the base knew, beside the base.
+
+        Returns:
+          As `Likelihood.report`, with "base_loss" and "rise", the loss of the trial
+          minus that of the base, whose interval resamples both together; None if there
+          are no such texts.
+        """
+        if self.known is None:
+            return None
+        options = {
+            "resamples": self.settings.evaluate.resamples,
+            "level": self.settings.evaluate.level,
+        }
+        (base,) = self._scored(self.known, self._alone())
+        found = []
+        for one in self._scored(self.known, predict):
+            told = one.report(**options)
+            told["metrics"] |= {
+                "base_loss": base.report(**options)["metrics"]["loss"],
+                "rise": one.sums.rise(base.sums, one.groups, **options),
+            }
+            found.append(told)
+        return found
+
+    def shipping(self, settings: Settings) -> Shipping | None:
+        base = self.base
+        card = _CARD.format(
+            name=settings.trial_id,
+            base=settings.base.source,
+            task=self.name,
+            license=base.provenance.get("license", "not stated"),
+            fingerprint=base.fingerprint,
+        )
+        return Shipping(
+            module=base.family.module,
+            kernel=lambda module, scan: base.family.kernel(module, scan=scan),
+            card=card,
+            task_type="CAUSAL_LM",
+            notes={},
+        )
+
+    def _alone(self) -> Predict:
+        """The base without any correction, as a pack of one."""
+        scores = jax.jit(self.base.scores)
+
+        def predict(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+            found = scores(self.base.params, self.inputs(batch))
+            return {name: value[None] for name, value in found.items()}
+
+        return predict
+
+    def _one_by_one(self, own: Windows) -> Sequence[Batch]:
+        rows = one_by_one(own.spoken, self.base.spec.pad_id)
+        return eval_rows(rows, self.settings.evaluate.batch_size)
+
+    def _scored(self, own: Windows, predict: Predict) -> list[Likelihood]:
+        found = score_tokens(predict, self._one_by_one(own))
+        return [Likelihood(one, own.groups) for one in found]
+
+
+def batching_of(settings: Settings) -> Sequences:
+    """How sequences become batches."""
+    assert isinstance(settings.batching, Sequences)
+    return settings.batching
+
+
+def check_length(settings: Settings, base: Language) -> int:
+    """The tokens of a row.
+
+    Raises:
+      BadInput: They are more than the base was made for, or than `base.max_length`.
+    """
+    length, most = batching_of(settings).length, base.max_length
+    if settings.base.max_length is not None:
+        most = min(most, settings.base.max_length)
+    if length > most:
+        raise BadInput(
+            f"data.batching.length = {length} is more than {most}, the longest input "
+            f"of {base.name}"
+        )
+    return length
+
+
+def known_texts(settings: Settings, base: Language) -> Windows | None:
+    """The texts of `evaluate.known`, in windows; None if there are none.
+
+    Raises:
+      BadInput: The file cannot be read.
+    """
+    if (given := settings.evaluate.known) is None:
+        return None
+    path = Path(given).expanduser()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(
+            f"evaluate.known = {given!r} cannot be read: {error.strerror or error}. "
+            "Give a plain file of texts that the base knew, or null"
+        ) from error
+    texts = documents(path, content)
+    ids = tuple(f"known/{number}" for number in range(len(texts)))
+    rows = Split(ids, tuple(texts), np.zeros(len(texts), np.int32), ids)
+    return windows_of(base, rows, check_length(settings, base))
+
+
+def windows_of(base: Language, rows: Split, length: int) -> Windows:
+    """Documents as windows of a base's tokens."""
+    return Windows(*windows(base.tokenizer, rows, length, begin=base.begin))
+
+
+def open_language(wanted: BaseSpec, cache: str | None) -> Language:
+    """A language model as its config group describes it.
+
+    Raises:
+      BadInput: The group asks for what only encoders have.
+    """
+    if wanted.pooling != "mean":
+        raise BadInput(
+            f"base.pooling = {wanted.pooling!r} is for encoders, and these data ask "
+            "for a language model: leave it out"
+        )
+    return language.load(
+        wanted.source,
+        scan=wanted.scan,
+        remat=wanted.remat,
+        dtype=wanted.dtype,
+        cache=cache,
+    )
+
+
+def reopen_language(
+    settings: Settings, facts: Mapping[str, Any]
+) -> tuple[Language, Any]:
+    """The base as a finished run had it, and an example of its inputs."""
+    del facts
+    return open_language(settings.base, settings.run.cache), sequence_inputs(1, 8)
+
+
+def sequence_inputs(rows: int, width: int) -> Mapping[str, Any]:
+    """Shapes of what a language model's scores read."""
+    dtype = lambda name: jnp.bool_ if name == "mask" else jnp.int32
+    return {n: jax.ShapeDtypeStruct((rows, width), dtype(n)) for n in INPUTS}

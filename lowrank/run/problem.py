@@ -1,0 +1,121 @@
+"""What a kind of data asks of a run: a base, batches, a loss and numbers about it.
+
+A run trains corrections of any model on any batches. What is different about labels and
+answers stands behind `Problem`; `run.problems` lists the kinds.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from lowrank.io.hub import Base
+from lowrank.io.language import Language
+from lowrank.run.forward import Batch
+from lowrank.run.judges import Judge, Predict
+from lowrank.run.settings import Settings
+from lowrank.train.batches import TrainBatches
+from lowrank.train.losses import Loss
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """What a model made of a whole split, each row once."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is kept of it, row by row; plain arrays."""
+        ...
+
+    def report(self, *, resamples: int, level: float) -> dict[str, Any]:
+        """ "num_rows", "clustered" (whether groups were resampled), "metrics" {name:
+        fields of `stats.Interval`}, and what else the kind has to tell; JSON types."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Shipping:
+    """How an adapter leaves for PEFT.
+
+    Attributes:
+      module: (path of a weight, number of its layer) -> name of its module there.
+      kernel: (module, whether layers are stacked) -> path of its weight, and the
+        number of its layer.
+      card: Text of its README.md.
+      task_type: PEFT's; None for a model that PEFT does not know.
+      notes: Our own facts about it.
+    """
+
+    module: Callable[[str, int | None], str]
+    kernel: Callable[[str, bool], tuple[str, int | None]]
+    card: str
+    task_type: str | None
+    notes: Mapping[str, Any]
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """Data and base of a trial, loaded and checked.
+
+    Attributes:
+      name: What reports call the data.
+      fingerprint: sha256 over all of its rows.
+      checks: What a look at the data found, as JSON types.
+      base: The pretrained model.
+      rows: How many rows each split has.
+      facts: What a result says of the data beyond that, as JSON types.
+      loss: What is minimized.
+      judge: What a validation's numbers are.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def checks(self) -> Mapping[str, Any]: ...
+
+    @property
+    def base(self) -> Base | Language: ...
+
+    @property
+    def rows(self) -> Mapping[str, int]: ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+    @property
+    def loss(self) -> Loss: ...
+
+    @property
+    def judge(self) -> Judge: ...
+
+    def inputs(self, batch: Mapping[str, Any]) -> Any:
+        """What the model reads of a batch."""
+        ...
+
+    def full(self, rows: int, width: int) -> Any:
+        """Inputs in which nothing is padding, for timing."""
+        ...
+
+    def batches(self, seeds: Sequence[int]) -> TrainBatches:
+        """Training data of a pack, one seed per trial."""
+        ...
+
+    def evaluation(self, split: str) -> Sequence[Batch]:
+        """A split in order, every row once."""
+        ...
+
+    def ids(self, split: str) -> Sequence[str]:
+        """Names of a split's rows."""
+        ...
+
+    def score(self, split: str, predict: Predict, progress: bool) -> Sequence[Scored]:
+        """What every trial makes of a split."""
+        ...
+
+    def shipping(self, settings: Settings) -> Shipping | None:
+        """How a trial's adapter leaves for PEFT; None if PEFT cannot name the base."""
+        ...
