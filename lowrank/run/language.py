@@ -110,8 +110,11 @@ class LanguageProblem:
     fingerprint: str
     splits: Mapping[str, Windows]
     known: Windows | None = None
-    loss: Loss = dataclasses.field(default=next_token)
     judge: Judge = OF_TOKENS
+
+    @property
+    def loss(self) -> Loss:
+        return next_token
 
     @property
     def checks(self) -> Mapping[str, Any]:
