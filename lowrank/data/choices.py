@@ -17,7 +17,7 @@ from jaxtyping import Int32
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.builders import table
-from lowrank.data.splits import Split, cut_missing
+from lowrank.data.splits import Split, check_cut, cut_missing
 
 _SPLITS = ("train", "validation", "test")
 
@@ -90,13 +90,7 @@ class ChoiceData:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("validation_share", "test_share"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise BadInput(
-                    f"data.{name} must lie between 0 and 1, not {getattr(self, name)}"
-                )
-        if not 0 <= self.seed < 2**31:
-            raise BadInput(f"data.seed must be from 0 to 2**31 - 1, not {self.seed}")
+        check_cut(self)
 
     def load(self, data_dir: Path | None = None) -> ChoiceTask:
         """The rows, cut into splits.

@@ -15,7 +15,7 @@ from jaxtyping import Float64
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.builders import files, table
-from lowrank.data.splits import Split, Task, cut_missing, make_task
+from lowrank.data.splits import Split, Task, check_cut, cut_missing, make_task
 
 _SPLITS = ("train", "validation", "test")
 
@@ -73,13 +73,7 @@ class ValueData:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("validation_share", "test_share"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise BadInput(
-                    f"data.{name} must lie between 0 and 1, not {getattr(self, name)}"
-                )
-        if not 0 <= self.seed < 2**31:
-            raise BadInput(f"data.seed must be from 0 to 2**31 - 1, not {self.seed}")
+        check_cut(self)
         self.reading()
 
     def reading(self) -> files.Reading:

@@ -14,7 +14,7 @@ import numpy as np
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.builders import files, table
-from lowrank.data.splits import Split, Task, cut_missing, make_task
+from lowrank.data.splits import Split, Task, check_cut, cut_missing, make_task
 from lowrank.data.talk import Spoken
 
 _SPLITS = ("train", "validation", "test")
@@ -48,15 +48,9 @@ class TextData:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("validation_share", "test_share"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise BadInput(
-                    f"data.{name} must lie between 0 and 1, not {getattr(self, name)}"
-                )
+        check_cut(self)
         if not self.separator:
             raise BadInput("data.separator must not be empty: it ends a document")
-        if not 0 <= self.seed < 2**31:
-            raise BadInput(f"data.seed must be from 0 to 2**31 - 1, not {self.seed}")
 
     def load(self, data_dir: Path | None = None) -> Task:
         """The documents, cut into splits; a task without classes.

@@ -15,7 +15,7 @@ from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.answers import Answers, AnswerTask, make_task
 from lowrank.data.builders import files, rnnlg, table
-from lowrank.data.splits import Split, cut_missing
+from lowrank.data.splits import Split, check_cut, cut_missing
 
 _SPLITS = ("train", "validation", "test")
 
@@ -43,16 +43,7 @@ class AnswerSpec:
         for name in _SPLITS:
             if (rows := getattr(self, f"{name}_rows")) is not None and rows < 1:
                 raise BadInput(f"data.{name}_rows must be at least 1, not {rows}")
-        if not 0 <= self.seed < 2**31:
-            raise BadInput(f"data.seed must be from 0 to 2**31 - 1, not {self.seed}")
-
-    def load(self, data_dir: Path | None = None) -> AnswerTask:
-        """The rows, checked and cut into splits.
-
-        Args:
-          data_dir: Not used: what is read is read again.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no load")
+        check_cut(self)
 
     def first(self, split: str, rows: Sequence[Any]) -> Sequence[Any]:
         """As many of a split as are wanted."""
@@ -73,7 +64,10 @@ class RnnlgData(AnswerSpec):
         self.check()
 
     def load(self, data_dir: Path | None = None) -> AnswerTask:
-        """See `AnswerSpec.load`.
+        """The rows, checked and cut into splits.
+
+        Args:
+          data_dir: Not used: what is read is read again.
 
         Raises:
           BadInput: A file is missing or of another form.
@@ -129,11 +123,6 @@ class AnswerTable(AnswerSpec):
 
     def __post_init__(self) -> None:
         self.check()
-        for name in ("validation_share", "test_share"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise BadInput(
-                    f"data.{name} must lie between 0 and 1, not {getattr(self, name)}"
-                )
         self.reading()
 
     def reading(self) -> files.Reading:
@@ -147,7 +136,10 @@ class AnswerTable(AnswerSpec):
         )
 
     def load(self, data_dir: Path | None = None) -> AnswerTask:
-        """See `AnswerSpec.load`.
+        """The rows, checked and cut into splits.
+
+        Args:
+          data_dir: Not used: what is read is read again.
 
         Raises:
           BadInput: A file or a row is wrong; see `builders.files`.

@@ -231,6 +231,19 @@ def subsample(
     return split.take(sorted(keep))
 
 
+def check_cut(source: Any) -> None:
+    """Checks the seed and the shares by which a source of data is cut.
+
+    Raises:
+      BadInput: One is out of range.
+    """
+    for name in ("validation_share", "test_share"):
+        if not 0.0 < (share := getattr(source, name, 0.5)) < 1.0:
+            raise BadInput(f"data.{name} must lie between 0 and 1, not {share}")
+    if not 0 <= source.seed < 2**31:
+        raise BadInput(f"data.seed must be from 0 to 2**31 - 1, not {source.seed}")
+
+
 def cut_missing(
     splits: Mapping[str, Split], validation_share: float, test_share: float, seed: int
 ) -> tuple[dict[str, Split], dict[str, Any]]:
