@@ -34,7 +34,7 @@ LONG = (
 #: Where in the course of a run a fault may strike: module and function.
 PLACES = {
     "data preparation": "lowrank.data.tasks:prepare",
-    "tokens": "lowrank.run.prepare:tokenize",
+    "tokens": "lowrank.run.labeled:tokenize",
     "record opened": "lowrank.io.record:Record._begin",
     "restore": "lowrank.io.checkpoints:Checkpoints.restore",
     "compilation": "lowrank.train.pack:Pack.__init__",
@@ -43,7 +43,7 @@ PLACES = {
     "old checkpoint deleted": "lowrank.io.checkpoints:Checkpoints._prune",
     "metrics": "lowrank.track.jsonl:JsonlTracker._append",
     "validation": "lowrank.run.judges:score_trials",
-    "judging": "lowrank.run.results:score_trials",
+    "judging": "lowrank.run.labeled:score_trials",
     "costs": "lowrank.run.results:Ledgers",
     "adapter": "lowrank.run.packs:ship",
     "result": "lowrank.io.record:Record.result",
@@ -118,11 +118,16 @@ ACTS = {
 }
 
 
-def _before(place, act):
-    """Calls `act` with the number of the call, before each call of a place."""
+def find(place):
+    """What holds the function of a place, and its name there."""
     module, _, name = PLACES[place].partition(":")
     *owners, last = name.split(".")
-    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    return functools.reduce(getattr, owners, importlib.import_module(module)), last
+
+
+def _before(place, act):
+    """Calls `act` with the number of the call, before each call of a place."""
+    owner, last = find(place)
     original, calls = getattr(owner, last), itertools.count(1)
 
     @functools.wraps(original)
