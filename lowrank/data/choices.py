@@ -19,8 +19,6 @@ from lowrank.core.spec import spec
 from lowrank.data.builders import table
 from lowrank.data.splits import Split, check_cut, cut_missing
 
-_SPLITS = ("train", "validation", "test")
-
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
@@ -102,8 +100,7 @@ class ChoiceData:
           BadInput: A file or a row is wrong, or there are too few rows.
         """
         del data_dir
-        none: dict[str, list[str]] = {name: [] for name in _SPLITS}
-        found = table.locate(self.path, none, "choices", (".jsonl", ".ndjson"))
+        found = table.locate(self.path, {}, "choices", (".jsonl", ".ndjson"))
         digest = hashlib.sha256()
         rows: dict[str, tuple[str, tuple[str, ...], int]] = {}
         splits = {}

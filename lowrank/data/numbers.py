@@ -17,8 +17,6 @@ from lowrank.core.spec import spec
 from lowrank.data.builders import files, table
 from lowrank.data.splits import Split, Task, check_cut, cut_missing, make_task
 
-_SPLITS = ("train", "validation", "test")
-
 
 @dataclasses.dataclass(frozen=True)
 class ValueTask:
@@ -98,11 +96,11 @@ class ValueData:
           BadInput: A file or a row is wrong, or there are too few rows.
         """
         del data_dir
-        found = table.locate(self.path, {name: [] for name in _SPLITS}, "values")
-        splits, hashes, numbers = {}, {}, {}
-        for split, paths in found.items():
-            contents = [(path, path.read_bytes()) for path in paths]
-            columns = files.read_columns(contents, self.reading())
+        found = table.locate(self.path, {}, "values")
+        contents = table.contents(found)
+        splits, numbers = {}, {}
+        for split, pairs in contents.items():
+            columns = files.read_columns(pairs, self.reading())
             ids = columns.ids or [f"{split}/{n}" for n in range(len(columns.texts))]
             splits[split] = Split(
                 tuple(ids),
@@ -112,10 +110,6 @@ class ValueData:
                 tuple(columns.pairs) if columns.pairs else None,
             )
             numbers |= dict(zip(ids, map(float, columns.labels), strict=True))
-            hashes[split] = [
-                {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-                for path, content in contents
-            ]
         if len(numbers) < sum(map(len, splits.values())):
             raise BadInput(
                 "ids of rows are used twice; they are unique over all splits. Leave "
@@ -123,7 +117,7 @@ class ValueData:
             )
         shares = self.validation_share, self.test_share, self.seed
         splits, notes = cut_missing(splits, *shares)
-        notes = {"source": "files", "files": hashes, **notes}
+        notes = {"source": "files", "files": table.hashes(contents), **notes}
         task = make_task(f"values/{Path(self.path).stem}", (), splits, notes)
         return ValueTask(
             task,

@@ -4,7 +4,6 @@
 one is cut into windows, and every token but its first is predicted exactly once.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +16,6 @@ from lowrank.data.builders import files, table
 from lowrank.data.splits import Split, Task, check_cut, cut_missing, make_task
 from lowrank.data.talk import Spoken
 
-_SPLITS = ("train", "validation", "test")
 #: Suffixes of files that are text and nothing else.
 PLAIN = (".txt", ".md")
 
@@ -62,24 +60,18 @@ class TextData:
           BadInput: A file is missing or wrong, or there are too few documents.
         """
         del data_dir
-        found = table.locate(
-            self.path, {name: [] for name in _SPLITS}, "text", (*files.SUFFIXES, *PLAIN)
-        )
-        splits, hashes = {}, {}
-        for split, paths in found.items():
-            contents = [(path, path.read_bytes()) for path in paths]
-            texts = self._texts(contents)
+        found = table.locate(self.path, {}, "text", (*files.SUFFIXES, *PLAIN))
+        contents = table.contents(found)
+        splits = {}
+        for split, pairs in contents.items():
+            texts = self._texts(pairs)
             ids = tuple(f"{split}/{number}" for number in range(len(texts)))
             none = np.zeros(len(texts), np.int32)
             # A document is a group: its windows depend on each other.
             splits[split] = Split(ids, tuple(texts), none, ids)
-            hashes[split] = [
-                {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-                for path, content in contents
-            ]
         shares = self.validation_share, self.test_share, self.seed
         splits, notes = cut_missing(splits, *shares)
-        notes = {"source": "files", "files": hashes, **notes}
+        notes = {"source": "files", "files": table.hashes(contents), **notes}
         return make_task(f"text/{Path(self.path).stem}", (), splits, notes)
 
     def _texts(self, contents: Sequence[tuple[Path, bytes]]) -> list[str]:

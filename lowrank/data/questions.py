@@ -4,7 +4,6 @@
 own files. Both end in an `AnswerTask`, no group of which is on two sides.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -145,11 +144,8 @@ class AnswerTable(AnswerSpec):
           BadInput: A file or a row is wrong; see `builders.files`.
         """
         del data_dir
-        found = table.locate(self.path, {name: [] for name in _SPLITS})
-        contents = {
-            split: [(path, path.read_bytes()) for path in paths]
-            for split, paths in found.items()
-        }
+        found = table.locate(self.path, {}, "answers")
+        contents = table.contents(found)
         splits, said = {}, {}
         for split, pairs in contents.items():
             columns = files.read_columns(pairs, self.reading())
@@ -160,17 +156,10 @@ class AnswerTable(AnswerSpec):
             splits[split] = Split(tuple(ids), tuple(columns.texts), none, tuple(groups))
         shares = self.validation_share, self.test_share, self.seed
         splits, notes = cut_missing(splits, *shares)
-        hashes = {
-            split: [
-                {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-                for path, content in pairs
-            ]
-            for split, pairs in contents.items()
-        }
         return make_task(
             f"answers/{Path(self.path).stem}",
             {name: self._answers(name, rows, said) for name, rows in splits.items()},
-            {"source": "files", "files": hashes, **notes},
+            {"source": "files", "files": table.hashes(contents), **notes},
         )
 
     def _answers(self, name: str, rows: Split, said: Mapping[str, str]) -> Answers:

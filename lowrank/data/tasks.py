@@ -8,7 +8,6 @@ texts (`data.passages`) and of texts with a number (`data.numbers`).
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -236,17 +235,8 @@ class TableData(TaskSpec):
         given = {
             split: _as_list(getattr(self, split)) for split in ("train", *_OPTIONAL)
         }
-        contents = {
-            split: [(path, path.read_bytes()) for path in paths]
-            for split, paths in table.locate(self.path, given).items()
-        }
-        sources = {
-            split: [
-                {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-                for path, content in pairs
-            ]
-            for split, pairs in contents.items()
-        }
+        contents = table.contents(table.locate(self.path, given))
+        sources = table.hashes(contents)
         reading = self.reading()
 
         def builder(folder: Path) -> table.Table:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.core.errors import BadInput, UnknownName
+from lowrank.core.errors import BadInput
 from lowrank.data.answers import AnswerTask
 from lowrank.data.talk import Talk
 from lowrank.evaluate import texts
@@ -21,6 +21,7 @@ from lowrank.run.language import (
     known_texts,
     open_language,
 )
+from lowrank.run.problem import known_split
 from lowrank.run.saying import Said, Speaker
 from lowrank.run.settings import Settings
 
@@ -72,9 +73,8 @@ def answering_again(
     """
     del facts
     task = _task(settings)
-    if split not in task.splits:
-        raise UnknownName(f"no split {split!r}; there are {', '.join(task.splits)}")
-    own = dataclasses.replace(task, splits={split: task.splits[split]})
+    rows = known_split(task.splits, split)
+    own = dataclasses.replace(task, splits={split: rows})
     return _answering(settings, base, own)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from lowrank.core.errors import BadInput, UnknownName
+from lowrank.core.errors import BadInput
 from lowrank.data.answers import Answers
 from lowrank.data.choices import Choices, ChoiceTask, every_choice
 from lowrank.data.talk import Talk
@@ -28,6 +28,7 @@ from lowrank.run.language import (
     known_texts,
     open_language,
 )
+from lowrank.run.problem import known_split
 from lowrank.run.settings import Settings
 
 _NUMBERS = ("accuracy", "accuracy_per_token", "loss")
@@ -178,9 +179,8 @@ def choosing_again(
     """
     del facts
     task = settings.data.load()
-    if split not in task.splits:
-        raise UnknownName(f"no split {split!r}; there are {', '.join(task.splits)}")
-    own = dataclasses.replace(task, splits={split: task.splits[split]})
+    rows = known_split(task.splits, split)
+    own = dataclasses.replace(task, splits={split: rows})
     return _choosing(settings, base, own, all_choices=True)
 
 

@@ -1,9 +1,9 @@
 """Texts as they are: a language model that is to find them likely."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank.core.errors import UnknownName
 from lowrank.data.splits import Task
 from lowrank.io.language import Language
 from lowrank.run.language import (
@@ -13,6 +13,7 @@ from lowrank.run.language import (
     open_language,
     windows_of,
 )
+from lowrank.run.problem import known_split
 from lowrank.run.settings import Settings
 
 
@@ -24,7 +25,7 @@ def load_continuing(settings: Settings) -> LanguageProblem:
     """
     task = settings.data.load()
     base = open_language(settings.base, settings.run.cache)
-    return _continuing(settings, base, task, [*task.splits])
+    return _continuing(settings, base, task)
 
 
 def continuing_again(
@@ -37,20 +38,19 @@ def continuing_again(
     """
     del facts
     task = settings.data.load()
-    if split not in task.splits:
-        raise UnknownName(f"no split {split!r}; there are {', '.join(task.splits)}")
-    return _continuing(settings, base, task, [split])
+    rows = known_split(task.splits, split)
+    return _continuing(settings, base, dataclasses.replace(task, splits={split: rows}))
 
 
-def _continuing(
-    settings: Settings, base: Language, task: Task, splits: list[str]
-) -> LanguageProblem:
+def _continuing(settings: Settings, base: Language, task: Task) -> LanguageProblem:
     length = check_length(settings, base)
     return LanguageProblem(
         settings=settings,
         base=base,
         name=task.name,
         fingerprint=task.fingerprint,
-        splits={name: windows_of(base, task.splits[name], length) for name in splits},
+        splits={
+            name: windows_of(base, rows, length) for name, rows in task.splits.items()
+        },
         known=known_texts(settings, base),
     )

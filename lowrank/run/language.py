@@ -25,30 +25,17 @@ from lowrank.io import language
 from lowrank.io.language import Language
 from lowrank.run.forward import Batch
 from lowrank.run.judges import OF_TOKENS, Judge, Predict
-from lowrank.run.problem import Shipping
+from lowrank.run.problem import Shipping, card_of
 from lowrank.run.settings import BaseSpec, Settings
 from lowrank.train.losses import Loss, next_token
 
 #: What a model of sequences reads of a batch.
 INPUTS = ("ids", "label", "mask", "positions", "segments")
-_CARD = """# {name}
-
-LoRA adapter of `{base}` for `{task}`, trained with `lowrank`.
-
-* License of the base: {license}
-* Fingerprint of the base: `{fingerprint}`
-* Trial: `{name}`; its folder holds config, metrics, costs and predictions.
-
-With `lowrank`: `lowrank.load_run("<folder of the run>")`. With PEFT:
-
-```python
-from peft import PeftModel
+_OPENING = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(BASE)
-model = PeftModel.from_pretrained(model, ADAPTER)
-```
-"""
+model = PeftModel.from_pretrained(model, ADAPTER)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,17 +188,10 @@ class LanguageProblem:
 
     def shipping(self, settings: Settings) -> Shipping | None:
         base = self.base
-        card = _CARD.format(
-            name=settings.trial_id,
-            base=settings.base.source,
-            task=self.name,
-            license=base.provenance.get("license", "not stated"),
-            fingerprint=base.fingerprint,
-        )
         return Shipping(
             module=base.family.module,
             kernel=lambda module, scan: base.family.kernel(module, scan=scan),
-            card=card,
+            card=card_of(self, settings, code=_OPENING),
             task_type="CAUSAL_LM",
             notes={},
         )

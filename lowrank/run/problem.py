@@ -6,10 +6,11 @@ answers stands behind `Problem`; `run.problems` lists the kinds.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from lowrank.core.errors import UnknownName
 from lowrank.io.hub import Base
 from lowrank.io.language import Language
 from lowrank.run.forward import Batch
@@ -17,6 +18,18 @@ from lowrank.run.judges import Judge, Predict
 from lowrank.run.settings import Settings
 from lowrank.train.batches import TrainBatches
 from lowrank.train.losses import Loss
+
+_CARD = """# {name}
+
+LoRA adapter of `{base}` for `{task}`{what}, trained with `lowrank`.
+
+* License of the base: {license}
+* Fingerprint of the base: `{fingerprint}`
+{notes}* Trial: `{name}`; its folder holds config, metrics, costs and predictions.
+
+With `lowrank`: `lowrank.load_run("<folder of the run>")`.{code}
+"""
+Rows = TypeVar("Rows")
 
 
 @runtime_checkable
@@ -119,3 +132,44 @@ class Problem(Protocol):
     def shipping(self, settings: Settings) -> Shipping | None:
         """How a trial's adapter leaves for PEFT; None if PEFT cannot name the base."""
         ...
+
+
+def known_split(splits: Mapping[str, Rows], name: str) -> Rows:
+    """The rows of a split.
+
+    Raises:
+      UnknownName: There is no such split.
+    """
+    if name not in splits:
+        raise UnknownName(f"no split {name!r}; there are {', '.join(splits)}")
+    return splits[name]
+
+
+def card_of(
+    problem: Problem,
+    settings: Settings,
+    *,
+    what: str = "",
+    notes: Sequence[str] = (),
+    code: str | None = None,
+) -> str:
+    """The README.md of an adapter.
+
+    Args:
+      problem: What it was trained for.
+      settings: Of its trial.
+      what: What follows the name of the data.
+      notes: Facts that whoever uses it must know.
+      code: What opens it with PEFT; None if that takes code of the user's own.
+    """
+    fenced = f" With PEFT:\n\n```python\n{code}\n```"
+    return _CARD.format(
+        name=settings.trial_id,
+        base=settings.base.source,
+        task=problem.name,
+        what=what,
+        license=problem.base.provenance.get("license", "not stated"),
+        fingerprint=problem.base.fingerprint,
+        notes="".join(f"* {note}\n" for note in notes),
+        code="" if code is None else fenced,
+    )

@@ -15,16 +15,11 @@ from lowrank.io.sources import locate
 from lowrank.run.answering import answering_again, load_answering
 from lowrank.run.choosing import choosing_again, load_choosing
 from lowrank.run.continuing import continuing_again, load_continuing
-from lowrank.run.labeled import (
-    labeled_again,
-    load_labeled,
-    open_base,
-    reopen_labeled,
-    text_inputs,
-)
+from lowrank.run.labeled import labeled_again, load_labeled, reopen_labeled
 from lowrank.run.language import open_language, reopen_language, sequence_inputs
 from lowrank.run.problem import Problem
 from lowrank.run.settings import BaseSpec, Settings
+from lowrank.run.texts import open_base, text_inputs
 from lowrank.run.valued import load_valued, reopen_valued, valued_again
 
 

@@ -26,11 +26,11 @@ from lowrank.io.language import Language
 from lowrank.io.view import RecordView, load_record
 from lowrank.run.answering import talk_of
 from lowrank.run.forward import inputs_of
-from lowrank.run.labeled import batching_of, max_length
 from lowrank.run.prepare import adapt
 from lowrank.run.problems import reopen_base
 from lowrank.run.saying import Speaker
 from lowrank.run.settings import Settings, read
+from lowrank.run.texts import batching_of, max_length
 
 #: The trained tree and the dials of a run, in the run's own layout.
 TRAINED = "trained.safetensors"

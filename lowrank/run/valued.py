@@ -6,46 +6,28 @@ their own unit again.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lowrank.core.errors import BadInput, UnknownName
+from lowrank.core.errors import BadInput
 from lowrank.data.numbers import ValueTask
-from lowrank.data.pipeline import TrainPipeline, eval_batches
-from lowrank.data.tokens import Tokens
 from lowrank.evaluate import values
 from lowrank.evaluate.values import Estimates, score_values
-from lowrank.io.bert import family_of
 from lowrank.io.hub import Base
-from lowrank.run.forward import Batch, Forward, inputs_of
+from lowrank.run.forward import Batch, Forward
 from lowrank.run.judges import Judge, Predict
-from lowrank.run.labeled import (
-    batching_of,
-    check_types,
-    full_texts,
+from lowrank.run.problem import Shipping, card_of, known_split
+from lowrank.run.settings import Settings
+from lowrank.run.texts import (
+    TextProblem,
     load_base,
-    max_length,
+    shipping_of,
     text_inputs,
     tokenize_all,
 )
-from lowrank.run.problem import Shipping
-from lowrank.run.settings import Settings
 from lowrank.train.losses import Loss, squared_error
-
-_CARD = """# {name}
-
-LoRA adapter of `{base}` for `{task}`, one number per text, trained with `lowrank`.
-
-* License of the base: {license}
-* Fingerprint of the base: `{fingerprint}`
-* Pooling of the base: {pooling}; the head gives (number - {mean:g}) / {scale:g}.
-* Trial: `{name}`; its folder holds config, metrics, costs and predictions.
-
-With `lowrank`: `lowrank.load_run("<folder of the run>")`.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,32 +75,23 @@ class Numbers:
         return self.estimates.report(resamples=resamples, level=level)
 
 
-@dataclasses.dataclass(frozen=True)
-class Valued:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Valued(TextProblem):
     """Regression on an encoder; see `problem.Problem`.
 
     Attributes:
-      settings: What was asked for.
-      task: The data, checked.
-      tokens: Tokenized splits.
+      right: The texts with their right numbers.
       mean, scale: Of the right numbers that training saw.
     """
 
-    settings: Settings
-    base: Base
-    task: ValueTask
-    tokens: Mapping[str, Tokens]
+    right: ValueTask
     mean: float
     scale: float
     loss: Loss = squared_error
 
     @property
-    def name(self) -> str:
-        return self.task.task.name
-
-    @property
     def fingerprint(self) -> str:
-        return self.task.fingerprint
+        return self.right.fingerprint
 
     @property
     def judge(self) -> Judge:
@@ -136,39 +109,15 @@ class Valued:
         return {
             "task": self.name,
             "fingerprint": self.fingerprint,
-            "splits": {name: told(own) for name, own in self.task.values.items()},
+            "splits": {name: told(own) for name, own in self.right.values.items()},
         }
-
-    @property
-    def rows(self) -> Mapping[str, int]:
-        return {name: len(own) for name, own in self.task.values.items()}
 
     @property
     def facts(self) -> Mapping[str, Any]:
         return {"mean": self.mean, "scale": self.scale}
 
-    def inputs(self, batch: Mapping[str, Any]) -> Any:
-        return inputs_of(batch)
-
-    def full(self, rows: int, width: int) -> Any:
-        return full_texts(rows, width)
-
-    def batches(self, seeds: Sequence[int]) -> TrainPipeline:
-        return TrainPipeline(
-            self.tokens["train"],
-            self._targets("train"),
-            batching=batching_of(self.settings),
-            trial_seeds=seeds,
-            num_epochs=self.settings.optim.epochs,
-        )
-
-    def evaluation(self, split: str) -> Sequence[Batch]:
-        size = self.settings.evaluate.batch_size
-        batching = dataclasses.replace(batching_of(self.settings), batch_size=size)
-        return list(eval_batches(self.tokens[split], self._targets(split), batching))
-
-    def ids(self, split: str) -> Sequence[str]:
-        return self.task.task.splits[split].ids
+    def targets(self, split: str) -> np.ndarray:
+        return (self.right.values[split] - self.mean) / self.scale
 
     def score(self, split: str, predict: Predict, progress: bool) -> list[Numbers]:
         del progress
@@ -177,37 +126,22 @@ class Valued:
             self.evaluation(split),
             mean=self.mean,
             scale=self.scale,
-            groups=self.task.task.splits[split].groups,
+            groups=self.task.splits[split].groups,
         )
         return [Numbers(one) for one in found]
 
     def shipping(self, settings: Settings) -> Shipping | None:
-        base = self.base
-        if base.spec is None:
-            return None
-        family = family_of(base.hf_config or {}, base.name)
-        card = _CARD.format(
-            name=settings.trial_id,
-            base=settings.base.source,
-            task=self.name,
-            license=base.provenance.get("license", "not stated"),
-            fingerprint=base.fingerprint,
-            pooling=settings.base.pooling,
-            mean=self.mean,
-            scale=self.scale,
-        )
-        return Shipping(
-            module=functools.partial(family.module, prefix="bert."),
-            kernel=lambda module, scan: family.kernel(
-                module.removeprefix("bert."), scan=scan
+        pooling = settings.base.pooling
+        card = card_of(
+            self,
+            settings,
+            what=", one number per text",
+            notes=(
+                f"Pooling of the base: {pooling}; the head gives "
+                f"(number - {self.mean:g}) / {self.scale:g}.",
             ),
-            card=card,
-            task_type="SEQ_CLS" if settings.base.pooling == "pooler" else None,
-            notes={"pooling": settings.base.pooling, **self.facts},
         )
-
-    def _targets(self, split: str) -> np.ndarray:
-        return (self.task.values[split] - self.mean) / self.scale
+        return shipping_of(self.base, pooling, card, self.facts)
 
 
 def load_valued(settings: Settings) -> Valued:
@@ -244,10 +178,8 @@ def valued_again(
       BadInput: There is no such split.
     """
     task = settings.data.load()
-    splits = task.task.splits
-    if split not in splits:
-        raise UnknownName(f"no split {split!r}; there are {', '.join(splits)}")
-    texts = dataclasses.replace(task.task, splits={split: splits[split]})
+    rows = known_split(task.task.splits, split)
+    texts = dataclasses.replace(task.task, splits={split: rows})
     own = ValueTask(texts, {split: task.values[split]})
     return _valued(settings, base, own, facts["mean"], facts["scale"])
 
@@ -255,7 +187,12 @@ def valued_again(
 def _valued(
     settings: Settings, base: Base, task: ValueTask, mean: float, scale: float
 ) -> Valued:
-    limit = max_length(settings.base, base)
-    tokens = tokenize_all(task.task, base, limit, settings.run.cache)
-    check_types(base, tokens)
-    return Valued(settings, base, task, tokens, mean, scale)
+    return Valued(
+        settings=settings,
+        base=base,
+        task=task.task,
+        tokens=tokenize_all(task.task, base, settings),
+        right=task,
+        mean=mean,
+        scale=scale,
+    )

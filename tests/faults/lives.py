@@ -34,7 +34,7 @@ LONG = (
 #: Where in the course of a run a fault may strike: module and function.
 PLACES = {
     "data preparation": "lowrank.data.tasks:prepare",
-    "tokens": "lowrank.run.labeled:tokenize",
+    "tokens": "lowrank.run.texts:tokenize",
     "record opened": "lowrank.io.record:Record._begin",
     "restore": "lowrank.io.checkpoints:Checkpoints.restore",
     "compilation": "lowrank.train.pack:Pack.__init__",

@@ -1,5 +1,6 @@
 """TFDS builder of the user's own files, checked across splits before it is prepared."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -146,7 +147,7 @@ def locate(
     Args:
       path: A file, which is then the train split, or a folder: files given are looked
         up in it, and without any given those called train, validation and test.
-      given: split -> files.
+      given: split -> files; empty where only `path` says.
       name: Of the source of data, for messages.
       suffixes: Of the files that are looked for in a folder.
 
@@ -181,6 +182,29 @@ def locate(
         raise BadInput(f"data={name} has no train file; say data.train= or data.path=")
     _check_files(found)
     return found
+
+
+def contents(
+    found: Mapping[str, Sequence[Path]],
+) -> dict[str, list[tuple[Path, bytes]]]:
+    """What the files of each split hold, read once."""
+    return {
+        split: [(path, path.read_bytes()) for path in paths]
+        for split, paths in found.items()
+    }
+
+
+def hashes(
+    read: Mapping[str, Sequence[tuple[Path, bytes]]],
+) -> dict[str, list[dict[str, str]]]:
+    """Name and sha256 of every file of each split: where rows came from."""
+    return {
+        split: [
+            {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+            for path, content in pairs
+        ]
+        for split, pairs in read.items()
+    }
 
 
 def _in_folder(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
