@@ -24,6 +24,15 @@ HEADINGS = (
 )  # fmt: skip
 
 
+#: What a reader must know of how the arms came about.
+_HISTORY = (
+    "Adaptive arms judge components in the singular basis of their layer, which was "
+    "devised after a look at earlier seeds and then confirmed on fresh ones; arms that "
+    "end in -own judge each component by itself. What is seen here beyond what was "
+    "wanted beforehand is exploratory until other seeds confirm it."
+)
+
+
 def results(study: Study, protocol: Protocol) -> dict[str, Any]:
     """Everything that the tables show, and the records they are made from."""
     ratio, far = (
@@ -145,6 +154,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         "",
         f"Compiling, training and judging took {found['seconds'] / 60:.0f} minutes on "
         f"{found['processors']} processors.",
+        "",
+        _HISTORY,
         "",
         "## What was wanted",
         "",

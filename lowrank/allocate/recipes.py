@@ -113,7 +113,10 @@ class Growth(Adaptive):
     IncreLoRA (arXiv:2308.12043) with births that change no output, a scale that does
     not jump, and no step past the budget. Departs in what matters: the summed Fisher
     information of a layer's gates instead of |D dL/dD| entry by entry, which needs the
-    dense gradient of every weight; and in holding no reserve component.
+    dense gradient of every weight; in holding no reserve component; in starting with
+    half of the budget and not with one component per layer (`start` says); and in
+    correcting by A B with silent births where the paper has P Lambda Q kept
+    orthogonal by a penalty (`delta=triplet penalty.orthogonality` adds both).
     """
 
     selector: Selector = "grow"

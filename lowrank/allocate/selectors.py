@@ -185,6 +185,8 @@ def swap(contest: Contest) -> Int[Array, " groups"]:
 def variance(contest: Contest) -> Int[Array, " groups"]:
     """The fewest components whose importance is `threshold` of their layer's.
 
+    With importance=spectrum these are singular values, not their squares: a threshold
+    of 0.9 keeps more than nine tenths of what is usually called explained variance.
     The budget is a ceiling: if more are asked for, the most important ones win.
     """
     value, slots = contest.seats.value, contest.slots

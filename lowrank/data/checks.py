@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from lowrank.core.errors import BadInput
-from lowrank.data.splits import Split
+from lowrank.data.splits import MAX_OVERLAP, Split
 from lowrank.data.tasks import Task
 
-#: Share of a split's texts that may also stand, exactly, in a split trained on.
-MAX_OVERLAP = 0.05
 _SHOWN = 5
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Int32
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.builders import table
-from lowrank.data.splits import Split, check_cut, cut_missing
+from lowrank.data.splits import Split, check_cut, cut_missing, tied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +100,13 @@ class ChoiceData:
           BadInput: A file or a row is wrong, or there are too few rows.
         """
         del data_dir
-        found = table.locate(self.path, {}, "choices", (".jsonl", ".ndjson"))
-        digest = hashlib.sha256()
+        files = table.locate(self.path, {}, "choices", (".jsonl", ".ndjson"))
         rows: dict[str, tuple[str, tuple[str, ...], int]] = {}
         splits = {}
-        for split, paths in found.items():
+        for split, paths in files.items():
             ids, groups = [], []
             for path in paths:
                 content = path.read_bytes()
-                digest.update(split.encode() + hashlib.sha256(content).digest())
                 for place, row in self._rows(path, content):
                     group, question, choices, right = self._row(place, row)
                     ids.append(f"{split}/{len(ids)}")
@@ -118,14 +116,13 @@ class ChoiceData:
             texts = tuple(rows[one][0] for one in ids)
             splits[split] = Split(tuple(ids), texts, labels, tuple(groups))
         shares = self.validation_share, self.test_share, self.seed
-        splits, notes = cut_missing(splits, *shares)
-        digest.update(json.dumps(notes, sort_keys=True).encode())
-        _check_apart(splits)
+        splits, notes = cut_missing(tied(splits), *shares)
+        found = {name: _choices(own, rows) for name, own in splits.items()}
         return ChoiceTask(
             f"choices/{Path(self.path).stem}",
-            {name: _choices(own, rows) for name, own in splits.items()},
+            found,
             {"source": "files", **notes},
-            digest.hexdigest(),
+            _fingerprint(found),
         )
 
     def _rows(self, path: Path, content: bytes) -> list[tuple[str, Mapping[str, Any]]]:
@@ -194,15 +191,14 @@ def _choices(
     )
 
 
-def _check_apart(splits: Mapping[str, Split]) -> None:
-    seen: dict[str, str] = {}
-    for name, split in splits.items():
-        for group in split.groups or ():
-            if seen.setdefault(group, name) != name:
-                raise BadInput(
-                    f"{group!r} is in the {seen[group]} and the {name} split: what is "
-                    "learned there would be known here. Cut by groups."
-                )
+def _fingerprint(splits: Mapping[str, Choices]) -> str:
+    """sha256 of all rows, whatever file they stood in."""
+    columns = {
+        name: [rows.questions, rows.choices, rows.right.tolist(), rows.groups, rows.ids]
+        for name, rows in splits.items()
+    }
+    text = json.dumps(columns, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def every_choice(rows: Choices) -> tuple[Sequence[int], Sequence[tuple[str, str]]]:

@@ -12,10 +12,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from jaxtyping import Float64
 
-from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.builders import files, table
-from lowrank.data.splits import Split, Task, check_cut, cut_missing, make_task
+from lowrank.data.splits import (
+    MAX_OVERLAP,
+    Task,
+    check_cut,
+    cut_missing,
+    make_task,
+    tied,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,31 +104,19 @@ class ValueData:
         del data_dir
         found = table.locate(self.path, {}, "values")
         contents = table.contents(found)
-        splits, numbers = {}, {}
-        for split, pairs in contents.items():
-            columns = files.read_columns(pairs, self.reading())
-            ids = columns.ids or [f"{split}/{n}" for n in range(len(columns.texts))]
-            splits[split] = Split(
-                tuple(ids),
-                tuple(columns.texts),
-                np.zeros(len(ids), np.int32),
-                tuple(columns.groups) if columns.groups else None,
-                tuple(columns.pairs) if columns.pairs else None,
-            )
-            numbers |= dict(zip(ids, map(float, columns.labels), strict=True))
-        if len(numbers) < sum(map(len, splits.values())):
-            raise BadInput(
-                "ids of rows are used twice; they are unique over all splits. Leave "
-                "data.id out to have rows numbered"
-            )
+        read = {
+            split: files.read_columns(pairs, self.reading())
+            for split, pairs in contents.items()
+        }
+        splits, numbers = table.as_splits(read)
         shares = self.validation_share, self.test_share, self.seed
-        splits, notes = cut_missing(splits, *shares)
+        splits, notes = cut_missing(tied(splits, MAX_OVERLAP), *shares)
         notes = {"source": "files", "files": table.hashes(contents), **notes}
         task = make_task(f"values/{Path(self.path).stem}", (), splits, notes)
         return ValueTask(
             task,
             {
-                name: np.array([numbers[one] for one in rows.ids], np.float64)
+                name: np.array([float(numbers[one]) for one in rows.ids])
                 for name, rows in splits.items()
             },
         )

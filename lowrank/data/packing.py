@@ -32,16 +32,18 @@ def bins(lengths: Sequence[int], size: int) -> list[list[int]]:
             f"as number {first} with {lengths[first]}"
         )
     rows: list[list[int]] = []
-    room: list[int] = []
+    # Rows with room for the shortest, in order: full ones are not looked at again.
+    room: dict[int, int] = {}
+    shortest = min(lengths, default=0)
     for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        for row, left in enumerate(room):
-            if left >= lengths[number]:
-                rows[row].append(number)
-                room[row] -= lengths[number]
-                break
-        else:
-            rows.append([number])
-            room.append(size - lengths[number])
+        wanted = lengths[number]
+        row = next((row for row, left in room.items() if left >= wanted), len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(number)
+        room[row] = room.get(row, size) - wanted
+        if room[row] < shortest:
+            del room[row]
     return rows
 
 

@@ -13,7 +13,15 @@ import numpy as np
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.builders import files, table
-from lowrank.data.splits import Split, Task, check_cut, cut_missing, make_task
+from lowrank.data.splits import (
+    MAX_OVERLAP,
+    Split,
+    Task,
+    check_cut,
+    cut_missing,
+    make_task,
+    tied,
+)
 from lowrank.data.talk import Spoken
 
 #: Suffixes of files that are text and nothing else.
@@ -67,10 +75,9 @@ class TextData:
             texts = self._texts(pairs)
             ids = tuple(f"{split}/{number}" for number in range(len(texts)))
             none = np.zeros(len(texts), np.int32)
-            # A document is a group: its windows depend on each other.
-            splits[split] = Split(ids, tuple(texts), none, ids)
+            splits[split] = Split(ids, tuple(texts), none)
         shares = self.validation_share, self.test_share, self.seed
-        splits, notes = cut_missing(splits, *shares)
+        splits, notes = cut_missing(tied(splits, MAX_OVERLAP), *shares)
         notes = {"source": "files", "files": table.hashes(contents), **notes}
         return make_task(f"text/{Path(self.path).stem}", (), splits, notes)
 
@@ -125,7 +132,8 @@ def windows(
       end: The token that ends a document; None: none does.
 
     Returns:
-      The windows, their names, and the document of each.
+      The windows, their names, and the group of each: its document, and those that
+      say the same.
 
     Raises:
       BadInput: No document has two tokens.
@@ -135,13 +143,15 @@ def windows(
     groups: list[str] = []
     first = [] if begin is None else [begin]
     last = [] if end is None else [end]
-    for name, text in zip(rows.ids, rows.texts, strict=True):
+    # The windows of a document depend on each other.
+    documents = zip(rows.ids, rows.texts, rows.groups or rows.ids, strict=True)
+    for name, text, group in documents:
         own = tokenizer.encode(text, add_special_tokens=False).ids
         whole = np.array([*first, *own, *last], np.int32)
         for number, start in enumerate(range(0, len(whole) - 1, length)):
             pieces.append(whole[start : start + length + 1])
             ids.append(f"{name}#{number}")
-            groups.append(name)
+            groups.append(group)
     if not pieces:
         raise BadInput("no text has two tokens, so none can be predicted; give longer")
     return Spoken(tuple(pieces), (1,) * len(pieces)), tuple(ids), tuple(groups)

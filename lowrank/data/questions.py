@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
 from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.answers import Answers, AnswerTask, make_task
 from lowrank.data.builders import files, rnnlg, table
-from lowrank.data.splits import Split, check_cut, cut_missing
+from lowrank.data.splits import Split, check_cut, cut_missing, tied
 
 _SPLITS = ("train", "validation", "test")
 
@@ -146,16 +144,13 @@ class AnswerTable(AnswerSpec):
         del data_dir
         found = table.locate(self.path, {}, "answers")
         contents = table.contents(found)
-        splits, said = {}, {}
-        for split, pairs in contents.items():
-            columns = files.read_columns(pairs, self.reading())
-            ids = columns.ids or [f"{split}/{n}" for n in range(len(columns.texts))]
-            groups = columns.groups or columns.texts
-            said |= dict(zip(ids, columns.labels, strict=True))
-            none = np.zeros(len(ids), np.int32)
-            splits[split] = Split(tuple(ids), tuple(columns.texts), none, tuple(groups))
+        read = {
+            split: files.read_columns(pairs, self.reading())
+            for split, pairs in contents.items()
+        }
+        splits, said = table.as_splits(read)
         shares = self.validation_share, self.test_share, self.seed
-        splits, notes = cut_missing(splits, *shares)
+        splits, notes = cut_missing(tied(splits), *shares)
         return make_task(
             f"answers/{Path(self.path).stem}",
             {name: self._answers(name, rows, said) for name, rows in splits.items()},

@@ -16,6 +16,10 @@ from jaxtyping import Int32
 
 from lowrank.core.errors import BadInput
 
+#: Share of a split's texts that may also stand, exactly, in one before it.
+MAX_OVERLAP = 0.05
+_SHOWN = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -229,6 +233,80 @@ def subsample(
     else:
         keep = [row for rows in ranked.values() for row in rows]
     return split.take(sorted(keep))
+
+
+def together(groups: Sequence[str], contents: Sequence[Any]) -> tuple[str, ...]:
+    """The group of each row, where rows of equal content are of one group as well.
+
+    So no cut parts what says the same. Groups that share a content are joined under
+    the name of the first of them.
+    """
+    parent = {name: name for name in groups}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    first: dict[Any, str] = {}
+    place = {name: n for n, name in reversed([*enumerate(groups)])}
+    for name, content in zip(groups, contents, strict=True):
+        one, other = root(name), root(first.setdefault(content, name))
+        early, late = sorted((one, other), key=place.__getitem__)
+        parent[late] = early
+    return tuple(map(root, groups))
+
+
+def tied(splits: Mapping[str, Split], most: float = 0.0) -> dict[str, Split]:
+    """The splits with groups that are `together` over all of them.
+
+    Rows that are in no group are one each, unless another says the same.
+
+    Args:
+      splits: As they were given.
+      most: Largest share of a split whose text may stand in one before it, too.
+
+    Raises:
+      BadInput: A group that was given, or more texts, are in two splits.
+    """
+    rows = [(name, n) for name, split in splits.items() for n in range(len(split))]
+    own = lambda name, n: (splits[name].groups or splits[name].ids)[n]
+    says = lambda name, n: tuple(
+        column[n].strip().casefold()
+        for column in (splits[name].texts, splits[name].pairs)
+        if column is not None
+    )
+    groups = together([own(*one) for one in rows], [says(*one) for one in rows])
+    found: dict[str, list[str]] = {name: [] for name in splits}
+    homes: list[dict[Any, str]] = [{}, {}]
+    doubles: dict[str, list[str]] = {name: [] for name in splits}
+    for (name, n), group in zip(rows, groups, strict=True):
+        found[name].append(group)
+        given, text = (
+            home.setdefault(key, name)
+            for home, key in zip(homes, (own(name, n), says(name, n)), strict=True)
+        )
+        row = f"{splits[name].ids[n]!r}"
+        if given != name:
+            raise BadInput(
+                f"group {own(name, n)!r} of row {row} of the {name} split is in the "
+                f"{given} split, too: what is learned there would be known here. Cut "
+                "by groups, or give one file, which is cut so"
+            )
+        if text != name:
+            doubles[name].append(f"{row} (in {text})")
+    for name, seen in doubles.items():
+        if len(seen) > most * len(splits[name]):
+            raise BadInput(
+                f"{len(seen)} of {len(splits[name])} rows of the {name} split say what "
+                f"stands in another split (at most {most:.0%} may): "
+                f"{', '.join(seen[:_SHOWN])}. Leave them out, or give one file, which "
+                "is cut so that none does"
+            )
+    return {
+        name: dataclasses.replace(split, groups=tuple(found[name]))
+        for name, split in splits.items()
+    }
 
 
 def check_cut(source: Any) -> None:

@@ -133,7 +133,8 @@ class Talk:
             if len(prompt) + len(answer) > max_length:
                 raise BadInput(
                     f"row {name!r} has {len(prompt) + len(answer)} tokens, more than "
-                    f"{max_length}; leave it out, or allow longer rows"
+                    f"{max_length}; leave it out, or allow longer rows with "
+                    "data.batching.length"
                 )
             ids.append(np.array([*prompt, *answer], np.int32))
             starts.append(len(prompt))

@@ -31,8 +31,18 @@ class TokenSums:
 
     terms: Float64[np.ndarray, "rows 3"]
 
+    def check(self) -> None:
+        """Raises `NonFinite` if a sum is not finite."""
+        if not np.isfinite(self.terms).all():
+            raise NonFinite("the model gives log-probabilities that are not finite")
+
     def numbers(self) -> dict[str, float]:
-        """Mean loss in nats per token, perplexity, and accuracy token by token."""
+        """Mean loss in nats per token, perplexity, and accuracy token by token.
+
+        Raises:
+          NonFinite: A log-probability is not finite.
+        """
+        self.check()
         loss, weight, correct = self.terms.sum(axis=0)
         found = {"loss": loss / weight, "accuracy": correct / weight}
         return {**found, "perplexity": float(np.exp(found["loss"]))}
@@ -40,7 +50,12 @@ class TokenSums:
     def report(
         self, groups: Sequence[str] | None = None, **options: Any
     ) -> dict[str, Any]:
-        """Every number with its interval, as JSON types; see `stats.bootstrap`."""
+        """Every number with its interval, as JSON types; see `stats.bootstrap`.
+
+        Raises:
+          NonFinite: A log-probability is not finite.
+        """
+        self.check()
         names = None if groups is None else np.asarray(groups)
         values = {
             "loss": _loss,
@@ -83,7 +98,6 @@ def score_tokens(
 
     Raises:
       BadInput: A row is missing or comes twice.
-      NonFinite: A log-probability is not finite.
     """
     index, rows = [], []
     for batch in batches:
@@ -92,8 +106,6 @@ def score_tokens(
         # Where nothing counts there may stand anything.
         told = lambda name, s=scores, w=weight: np.where(w > 0, s[name], 0.0)
         picked, correct = told("picked"), told("correct")
-        if not np.isfinite(picked).all():
-            raise NonFinite("the model gives log-probabilities that are not finite")
         real = batch["index"] >= 0
         sums = np.stack(
             [

@@ -18,6 +18,8 @@ from lowrank.evaluate import stats
 Predict = Callable[[Mapping[str, np.ndarray]], Any]
 #: Numbers of which the smallest is the best.
 LOWER_IS_BETTER: frozenset[str] = frozenset(("rmse", "mae"))
+#: Numbers that have no value where all right numbers are equal.
+OF_SPREAD: frozenset[str] = frozenset(("r2", "pearson", "spearman"))
 Sums = Float64[np.ndarray, "*resamples terms"]
 
 
@@ -40,7 +42,7 @@ def _correlation(first: int) -> Callable[[Sums, Any], Any]:
         x, y, xx, yy, xy = (sums[..., first + n] / count for n in range(5))
         with np.errstate(divide="ignore", invalid="ignore"):
             spread = np.sqrt((xx - x**2) * (yy - y**2))
-            # What is left of equal numbers is rounding.
+            # In units of the deviation; what is left of equal numbers is rounding.
             return np.where(spread > 1e-12, (xy - x * y) / spread, np.nan)
 
     return value
@@ -49,10 +51,11 @@ def _correlation(first: int) -> Callable[[Sums, Any], Any]:
 def _r2(sums: Sums, whole: Any) -> Any:
     r"""1 - sum (y - f)^2 / sum (y - mean y)^2."""
     del whole
+    # The deviation that right numbers are told in is that of the whole split.
     count = sums[..., 0]
     around = sums[..., 6] - sums[..., 4] ** 2 / count
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(around > 1e-12, 1 - sums[..., 1] / around, np.nan)
+        return np.where(around > 1e-12, 1 - sums[..., 13] / around, np.nan)
 
 
 #: Name -> value of the sums of `Estimates.terms`.
@@ -79,21 +82,31 @@ class Estimates:
     groups: tuple[str, ...] | None = None
 
     @property
-    def terms(self) -> Float64[np.ndarray, "rows 13"]:
-        """What every row adds: 1, squared and absolute error, x, y, xx, yy, xy of the
-        numbers around the mean of the right ones, and the same of their ranks."""
+    def terms(self) -> Float64[np.ndarray, "rows 14"]:
+        """What every row adds: 1, squared and absolute error, x, y, xx, yy, xy of
+        the numbers in units of their deviation, the same of their ranks,
+        and the squared error in units of the right numbers' deviation."""
+        if not np.isfinite(self.predicted).all():
+            raise NonFinite("the model gives numbers that are not finite")
         off = self.predicted - self.right
-        center = self.right.mean()
         columns = [np.ones_like(off), off**2, np.abs(off)]
         for x, y in (
-            (self.predicted - center, self.right - center),
+            (self.predicted, self.right),
             (_ranks(self.predicted), _ranks(self.right)),
         ):
+            x, y = _standard(x), _standard(y)
             columns += [x, y, x * x, y * y, x * y]
+        # Squared errors in the unit of the right numbers' deviation, for r2.
+        unit = self.right.std()
+        columns.append((off / unit) ** 2 if unit else np.zeros_like(off))
         return np.stack(columns, axis=1)
 
     def numbers(self) -> dict[str, float]:
-        """Every metric that is defined, without intervals."""
+        """Every metric that is defined, without intervals.
+
+        Raises:
+          NonFinite: A prediction is not finite.
+        """
         sums = self.terms.sum(axis=0)
         found = {name: float(value(sums, sums)) for name, value in METRICS.items()}
         return {name: value for name, value in found.items() if np.isfinite(value)}
@@ -114,6 +127,14 @@ class Estimates:
             "clustered": names is not None,
             "metrics": metrics,
         }
+
+
+def _standard(x: Float64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
+    """Around the mean, in units of the deviation; zeros if all numbers are equal."""
+    around = x - x.mean()
+    spread = float(np.sqrt((around**2).mean()))
+    # Of equal numbers the rounding of their mean is left.
+    return around / spread if spread > 1e-14 * np.abs(x).max() else np.zeros_like(x)
 
 
 def _ranks(x: Float64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
@@ -141,7 +162,6 @@ def score_values(
 
     Raises:
       BadInput: A row is missing or comes twice.
-      NonFinite: A prediction is not finite.
     """
     index, right, found = [], [], []
     for batch in batches:
@@ -154,7 +174,5 @@ def score_values(
     if not np.array_equal(np.sort(order), np.arange(len(order))):
         raise BadInput("an evaluation runs over every row of a split exactly once")
     every = np.concatenate(found, axis=1)[:, np.argsort(order)] * scale + mean
-    if not np.isfinite(every).all():
-        raise NonFinite("the model gives numbers that are not finite")
     wanted = np.concatenate(right)[np.argsort(order)] * scale + mean
     return [Estimates(own, wanted, groups) for own in every]

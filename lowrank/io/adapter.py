@@ -46,12 +46,14 @@ class Adapter:
       whole: Tensor -> weight that was trained whole, in PyTorch's layout.
       rsqrt: Whether scales are alpha / sqrt(r) instead of alpha / r.
       config: The whole adapter_config.json of a folder that was read.
+      notes: The facts in its lowrank.json, where there is one.
     """
 
     corrections: Mapping[str, Correction]
     whole: Mapping[str, np.ndarray]
     rsqrt: bool = False
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def collect(

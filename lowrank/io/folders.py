@@ -1,16 +1,18 @@
 """A whole model as a Hugging Face folder, which transformers opens without us."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from lowrank.core.errors import BadInput
 from lowrank.io.files import cannot_write, unfinished_folder, write_atomically
+from lowrank.io.keymaps import Exported
+from lowrank.io.safetensors import write_tensors
 
 #: What a base's folder has beside its weights and its config.
 BESIDE = (
@@ -52,7 +54,8 @@ def write_model(
 
     Args:
       directory: A new folder, or an empty one.
-      tensors: By their names, as `Family.to_hf` gives them; written as float32.
+      tensors: By their names, as `Family.to_hf` gives them; written as float32, one
+        at a time.
       config: Of the base, with what has changed.
       source: The base's folder, whose tokenizer and license are copied.
       card: The text of README.md.
@@ -67,30 +70,22 @@ def write_model(
     """
     directory = Path(directory).absolute()
     check_free(directory)
-    for name, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise BadInput(
-                f"{name} holds values that are not finite; nothing is written. The run "
-                "diverged: take an earlier state."
-            )
+    shapes = _shapes(tensors)
     scratch = None
     try:
         scratch = unfinished_folder(directory)
         fresh = scratch / "new"
-        shards = list(_shards(tensors, max_shard))
+        shards = list(_shards(shapes, max_shard))
         names = {}
         for number, own in enumerate(shards, start=1):
             file = "model.safetensors"
             if len(shards) > 1:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            content = save(
-                {n: np.ascontiguousarray(x, np.float32) for n, x in own.items()},
-                {"format": "pt"},
-            )
-            _write(fresh / file, content)
+            write = lambda to, own=own: write_tensors(to, own, tensors.__getitem__)
+            write_atomically(fresh / file, write)
             names |= dict.fromkeys(own, file)
         if len(shards) > 1:
-            total = sum(4 * x.size for x in tensors.values())
+            total = sum(map(_bytes, shapes.values()))
             index = {"metadata": {"total_size": total}, "weight_map": names}
             _write(fresh / INDEX, _text(index))
         stored = {**config, "torch_dtype": "float32"}
@@ -113,18 +108,30 @@ def write_model(
 
 
 def _shards(
-    tensors: Mapping[str, np.ndarray], most: int
-) -> Iterator[dict[str, np.ndarray]]:
+    shapes: Mapping[str, tuple[int, ...]], most: int
+) -> Iterator[dict[str, tuple[int, ...]]]:
     """The tensors in order, cut where a file would be larger than `most`."""
-    shard: dict[str, np.ndarray] = {}
+    shard: dict[str, tuple[int, ...]] = {}
     size = 0
-    for name, value in tensors.items():
-        if shard and size + 4 * value.size > most:
+    for name, shape in shapes.items():
+        if shard and size + _bytes(shape) > most:
             yield shard
             shard, size = {}, 0
-        shard[name] = value
-        size += 4 * value.size
+        shard[name] = shape
+        size += _bytes(shape)
     yield shard
+
+
+def _shapes(tensors: Mapping[str, np.ndarray]) -> Mapping[str, tuple[int, ...]]:
+    """Shapes alone, without making a tensor that is made when it is read."""
+    if isinstance(tensors, Exported):
+        return tensors.shapes
+    return {name: value.shape for name, value in tensors.items()}
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    """Of a tensor in float32."""
+    return 4 * math.prod(shape)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lowrank.core.errors import BadInput, CannotWrite
-from lowrank.io.safetensors import SINGLE
+from lowrank.io.safetensors import SINGLE, write_tensors
 
 #: Version of what is written; a part of the folder's name.
 VERSION = 1
@@ -74,23 +73,26 @@ def converted(file: Path, sha256: str, cache: Path) -> Path:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = _config(fields, {tensor.name for tensor in reader.tensors}, file)
     tokenizer, settings = _tokenizer(fields, file)
-    tensors = {}
-    for tensor in reader.tensors:
-        name = _name(tensor.name, file)
-        value = library.quants.dequantize(tensor.data, tensor.tensor_type)
-        value = np.ascontiguousarray(value, np.float32)
-        for part, heads in (
-            ("q_proj", config["num_attention_heads"]),
-            ("k_proj", config["num_key_value_heads"]),
-        ):
-            if f".{part}." in name:
-                value = halves(value, heads)
-        tensors[name] = value
+    tensors = {_name(tensor.name, file): tensor for tensor in reader.tensors}
+    # The file has the fastest axis first.
+    shapes = {n: tuple(map(int, t.shape[::-1])) for n, t in tensors.items()}
+    heads = {
+        "q_proj": config["num_attention_heads"],
+        "k_proj": config["num_key_value_heads"],
+    }
+
+    def read(name: str) -> np.ndarray:
+        found = library.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+        value = np.ascontiguousarray(found, np.float32)
+        turned = heads.get(name.split(".")[-2])
+        return value if turned is None else halves(value, turned)
+
     try:
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
         try:
-            save_file(tensors, partial / SINGLE, {"format": "pt"})
+            with open(partial / SINGLE, "wb") as stream:
+                write_tensors(stream, shapes, read)
             _write(partial / "config.json", config)
             _write(partial / "tokenizer_config.json", settings)
             tokenizer.save(str(partial / "tokenizer.json"))

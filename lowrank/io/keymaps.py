@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -265,17 +265,15 @@ class Family:
         text = "".join(digests[tensor] for tensor in sorted(digests))
         return params, hashlib.sha256(text.encode()).hexdigest(), ignored
 
-    def to_hf(self, params: PyTree, prefix: str | None = None) -> dict[str, np.ndarray]:
+    def to_hf(self, params: PyTree, prefix: str | None = None) -> "Exported":
         """Our params as their tensors: inverse of `from_hf`, head included."""
-        tensors = {}
+        places = {}
         for path, leaf in flatten(params)[0].items():
-            value = np.asarray(jax.device_get(leaf))
-            names = self._sources(path, value.shape, prefix)
-            pieces = value.reshape(len(names), *value.shape[value.ndim - _ndim(path) :])
-            for name, piece in zip(names, pieces, strict=True):
-                theirs = piece.T if self.row(path).transpose else piece
-                tensors[name] = np.ascontiguousarray(theirs)
-        return tensors
+            names = self._sources(path, leaf.shape, prefix)
+            pieces = (len(names), *leaf.shape[leaf.ndim - _ndim(path) :])
+            for number, name in enumerate(names):
+                places[name] = leaf, pieces, number, self.row(path).transpose
+        return Exported(places)
 
     def _sources(
         self, path: str, shape: Sequence[int], prefix: str | None = ""
@@ -307,6 +305,39 @@ class Family:
             if re.fullmatch(pattern, tensor):
                 return reason
         return None
+
+
+class Exported(Mapping[str, np.ndarray]):
+    """Tensors by their names, each made when it is asked for and held by nobody.
+
+    Attributes:
+      shapes: Name -> shape.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Any, tuple[int, ...], int, bool]]):
+        """Names tensors.
+
+        Args:
+          places: Name -> (leaf, its shape as a row of pieces, which of them, whether
+            it is transposed there).
+        """
+        self._places = places
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: pieces[:0:-1] if transpose else pieces[1:]
+            for name, (_, pieces, _, transpose) in places.items()
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        leaf, pieces, number, transpose = self._places[name]
+        # The host's own view where the leaf lies there.
+        piece = np.asarray(jax.device_get(leaf)).reshape(pieces)[number]
+        return np.ascontiguousarray(piece.T if transpose else piece)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def stacked_path(path: str) -> tuple[str, int | None]:

@@ -163,7 +163,7 @@ def read_adapter(
         raise BadInput(f"{directory} has no {CONFIG}, which holds ranks and alphas")
     config = read_json(directory / CONFIG)
     check_options(config, directory / CONFIG)
-    _check_notes(directory, base_fingerprint)
+    notes = _check_notes(directory, base_fingerprint)
     whole: dict[str, np.ndarray] = {}
     halves: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
     for name, array in _read_tensors(directory / MODEL).items():
@@ -178,13 +178,13 @@ def read_adapter(
         module: _correction(module, table, pair, config, directory)
         for (module, table), pair in halves.items()
     }
-    return Adapter(corrections, whole, bool(config.get("use_rslora")), config)
+    return Adapter(corrections, whole, bool(config.get("use_rslora")), config, notes)
 
 
-def _check_notes(directory: Path, base_fingerprint: str | None) -> None:
+def _check_notes(directory: Path, base_fingerprint: str | None) -> dict[str, Any]:
     """Compares what lowrank.json says, where there is one: a folder of ours."""
     if not (directory / NOTES).exists():
-        return
+        return {}
     notes = read_json(directory / NOTES)
     if notes.get("schema") != SCHEMA:
         raise BadInput(
@@ -209,6 +209,7 @@ def _check_notes(directory: Path, base_fingerprint: str | None) -> None:
             f"{directory} was made for the base {str(made_for)[:12]}, not for "
             f"{base_fingerprint[:12]}; give the base it was trained on"
         )
+    return notes
 
 
 def _check_names(

@@ -9,9 +9,9 @@ It does not check names, dtypes, values, or the index; that is done here.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -152,6 +152,43 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def write_tensors(
+    file: IO[bytes],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+) -> None:
+    """Writes tensors as float32, one after another; only one is held.
+
+    Args:
+      file: Open for writing, at its begin.
+      shapes: Name -> shape, in the order of the file.
+      read: Gives the values of one.
+
+    Raises:
+      BadInput: Values are not finite, or of another shape.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        offsets = [start, end]
+        header[name] = {"dtype": "F32", "shape": [*shape], "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Values begin at a multiple of eight.
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, shape in shapes.items():
+        value = np.ascontiguousarray(read(name), "<f4")
+        if value.shape != tuple(shape):
+            raise BadInput(f"{name} is {value.shape}, and was to be {tuple(shape)}")
+        if not np.isfinite(value).all():
+            raise BadInput(
+                f"{name} holds values that are not finite; nothing is written. Take an "
+                "earlier state, or sound weights."
+            )
+        file.write(value.data)
 
 
 def read_json(file: str | Path) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def _windows(
     groups: tuple[str, ...],
     length: int,
 ) -> Windows:
-    ids = tuple(map(str, range(len(pairs))))
+    ids = tuple(f"choice {number}" for number in range(len(pairs)))
     answers = Answers(
         questions=tuple(question for question, _ in pairs),
         answers=tuple((choice,) for _, choice in pairs),

@@ -277,6 +277,8 @@ def fit(
                 timed=timer.add,
                 progress=report,
                 lower_is_better=judge.lower_is_better,
+                # It was checked to be one of this judge's.
+                undefined=frozenset({loop.select}),
                 alive=alive,
             )
             runner = Loop(

@@ -15,7 +15,13 @@ from lowrank.run.answering import Answering
 from lowrank.run.language import LanguageProblem
 from lowrank.run.problems import load_again
 from lowrank.run.saying import Said
-from lowrank.run.settings import Evaluation, check_groups, load_plugins, plain
+from lowrank.run.settings import (
+    Evaluation,
+    check_evaluation,
+    check_groups,
+    load_plugins,
+    plain,
+)
 from lowrank.run.stored import Run, load_run
 
 _KEYS = ("run", "evaluate", "split", "merged", "data", "plugins")
@@ -90,6 +96,7 @@ def judge(
 ) -> dict[str, Any]:
     """Scores a run on a split of its own data, or of `data` (a data group)."""
     settings = dataclasses.replace(run.settings, evaluate=evaluation)
+    check_evaluation(evaluation, settings.data.kind)
     if data is not None and not isinstance(data, Mapping):
         raise BadInput(f"data is a group, as +data=table, not {data!r}")
     if data:
@@ -117,7 +124,7 @@ def judge(
         found["metrics"] |= problem.compared(split, said, **options)
     scores = {split: found}
     if isinstance(problem, LanguageProblem) and (kept := problem.kept(predict)):
-        (scores["known"],) = kept
+        scores["known"] = kept[0].report(**options)
     return {
         "trial": settings.trial_id,
         "data": {"name": problem.name, "fingerprint": problem.fingerprint},

@@ -6,7 +6,7 @@ The best state is chosen by one of these numbers, and halving compares trials by
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from lowrank.core.errors import BadInput
+from lowrank.core.errors import BadInput, NonFinite
 from lowrank.evaluate import tokens
 from lowrank.evaluate.metrics import STANDARD
 from lowrank.evaluate.score import numbers, score_trials
@@ -38,8 +38,22 @@ class Judge(Protocol):
     def numbers(
         self, forward: Forward, predict: Predict, validation: Sequence[Batch]
     ) -> list[dict[str, float]]:
-        """One dict of numbers per trial."""
+        """One dict of numbers per trial, empty where some are not finite."""
         ...
+
+
+def finite(
+    found: Sequence[Any],
+    told: Callable[[Any], dict[str, float]] = lambda one: one.numbers(),
+) -> list[dict[str, float]]:
+    """Numbers of each trial; none where they are not finite: the others go on."""
+    rows = []
+    for one in found:
+        try:
+            rows.append(told(one))
+        except NonFinite:
+            rows.append({})
+    return rows
 
 
 class OfClasses:
@@ -59,7 +73,7 @@ class OfClasses:
         """See `Judge`."""
         names = [str(label) for label in range(forward.outputs.shape[-1])]
         found = score_trials(predict, validation, names, progress=False)
-        return [numbers(one) for one in found]
+        return finite(found, numbers)
 
 
 class OfTokens:
@@ -81,7 +95,7 @@ class OfTokens:
     ) -> list[dict[str, float]]:
         """See `Judge`."""
         del forward
-        return [one.numbers() for one in tokens.score_tokens(predict, validation)]
+        return finite(tokens.score_tokens(predict, validation))
 
 
 OF_CLASSES, OF_TOKENS = OfClasses(), OfTokens()

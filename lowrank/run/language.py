@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.errors import BadInput
+from lowrank.data.builders.files import SUFFIXES
 from lowrank.data.packing import one_by_one, packed
 from lowrank.data.passages import documents, windows
 from lowrank.data.sequences import SequencePipeline, Sequences, eval_rows
@@ -79,6 +80,28 @@ class Likelihood:
             "clustered": True,
             "metrics": metrics,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept(Likelihood):
+    """How likely a model still finds what its base knew; see `problem.Scored`.
+
+    Attributes:
+      base: Sums of the base on the same rows.
+    """
+
+    base: TokenSums
+
+    def report(self, *, resamples: int, level: float) -> dict[str, Any]:
+        """As of `Likelihood`, with "base_loss" and "rise": the loss minus that of the
+        base, whose interval resamples both together."""
+        options = {"resamples": resamples, "level": level}
+        told = super().report(**options)
+        told["metrics"] |= {
+            "base_loss": self.base.report(self.groups, **options)["loss"],
+            "rise": self.sums.rise(self.base, self.groups, **options),
+        }
+        return told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,30 +184,15 @@ class LanguageProblem:
         del progress
         return self._scored(self.splits[split], predict)
 
-    def kept(self, predict: Predict) -> list[dict[str, Any]] | None:
-        """How likely every trial still finds what the base knew, beside the base.
-
-        Returns:
-          As `Likelihood.report`, with "base_loss" and "rise", the loss of the trial
-          minus that of the base, whose interval resamples both together; None if there
-          are no such texts.
-        """
+    def kept(self, predict: Predict) -> list[Kept] | None:
+        """How likely every trial still finds what the base knew; None: not asked."""
         if self.known is None:
             return None
-        options = {
-            "resamples": self.settings.evaluate.resamples,
-            "level": self.settings.evaluate.level,
-        }
         (base,) = self._scored(self.known, self._alone())
-        found = []
-        for one in self._scored(self.known, predict):
-            told = one.report(**options)
-            told["metrics"] |= {
-                "base_loss": base.report(**options)["metrics"]["loss"],
-                "rise": one.sums.rise(base.sums, one.groups, **options),
-            }
-            found.append(told)
-        return found
+        return [
+            Kept(one.sums, one.groups, base.sums)
+            for one in self._scored(self.known, predict)
+        ]
 
     def shipping(self, settings: Settings) -> Shipping | None:
         base = self.base
@@ -244,20 +252,34 @@ def known_texts(settings: Settings, base: Language) -> Windows | None:
     Raises:
       BadInput: The file cannot be read.
     """
-    if (given := settings.evaluate.known) is None:
+    if settings.evaluate.known is None:
         return None
+    texts = documents(Path(settings.evaluate.known), read_known(settings))
+    ids = tuple(f"known/{number}" for number in range(len(texts)))
+    rows = Split(ids, tuple(texts), np.zeros(len(texts), np.int32), ids)
+    return windows_of(base, rows, check_length(settings, base))
+
+
+def read_known(settings: Settings) -> bytes:
+    """The content of `evaluate.known`.
+
+    Raises:
+      BadInput: It cannot be read, or is a table.
+    """
+    given = str(settings.evaluate.known)
     path = Path(given).expanduser()
+    if path.suffix.lower() in SUFFIXES:
+        raise BadInput(
+            f"evaluate.known = {given!r} is a table, and would be read as one text: "
+            "write its texts into a plain file, empty lines between them"
+        )
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise BadInput(
             f"evaluate.known = {given!r} cannot be read: {error.strerror or error}. "
             "Give a plain file of texts that the base knew, or null"
         ) from error
-    texts = documents(path, content)
-    ids = tuple(f"known/{number}" for number in range(len(texts)))
-    rows = Split(ids, tuple(texts), np.zeros(len(texts), np.int32), ids)
-    return windows_of(base, rows, check_length(settings, base))
 
 
 def windows_of(base: Language, rows: Split, length: int) -> Windows:
@@ -271,6 +293,11 @@ def open_language(wanted: BaseSpec, cache: str | None) -> Language:
     Raises:
       BadInput: The group asks for what only encoders have.
     """
+    if wanted.source == "minilm":
+        raise BadInput(
+            "base=minilm is an encoder, and these data ask for a language model: give "
+            "base=smollm2, or a folder of one"
+        )
     if wanted.pooling != "mean":
         raise BadInput(
             f"base.pooling = {wanted.pooling!r} is for encoders, and these data ask "

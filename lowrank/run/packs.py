@@ -384,7 +384,8 @@ def _memory_errors(num_trials: int) -> Iterator[None]:
         raise OutOfMemory(
             f"the device has no room for a pack of {num_trials}: "
             f"{str(error).splitlines()[0]}. Lower sweep.width or "
-            "data.batching.batch_size, or set base.remat=full."
+            "data.batching.batch_size, or set base.remat=full; after training, lower "
+            "evaluate.batch_size."
         ) from error
 
 

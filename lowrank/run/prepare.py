@@ -20,11 +20,12 @@ from lowrank.io.hub import Base
 from lowrank.io.language import Language
 from lowrank.run.forward import Batch
 from lowrank.run.labeled import Labeled
+from lowrank.run.language import read_known
 from lowrank.run.problem import Problem
 from lowrank.run.problems import load_problem
 from lowrank.run.ranks import settled_rules, slots_of
 from lowrank.run.settings import Settings
-from lowrank.run.warm import Warm, warm_start
+from lowrank.run.warm import Warm, fingerprint_of, warm_start
 from lowrank.train.batches import TrainBatches
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def prepare_pack(trials: Sequence[Settings]) -> PreparedPack:
     """As `prepare`, once for all trials of a pack.
 
     Args:
-      trials: Alike in everything but what `Settings.packed` lists.
+      trials: Alike in everything but what `sweep.PACKABLE` lists.
     """
     settings = trials[0]
     logger.info("loading data and base %s", settings.base.source)
@@ -162,7 +163,7 @@ def adapt(base: Base | Language, trials: Sequence[Settings], example: Any) -> Va
 
     Args:
       base: The model.
-      trials: Alike in everything but what `Settings.packed` lists.
+      trials: Alike in everything but what `sweep.PACKABLE` lists.
       example: What the model takes, arrays or shapes.
     """
     rules = [trial.rules(base.head) for trial in trials]
@@ -179,13 +180,30 @@ def adapt(base: Base | Language, trials: Sequence[Settings], example: Any) -> Va
 
 
 def identity_of(settings: Settings, problem: Problem) -> dict[str, str]:
-    """Fingerprints of what decides a trial's course."""
+    """Fingerprints of what decides a trial's course and what is told of it."""
     return {
         "config": settings.trial_id,
         "base": problem.base.fingerprint,
         "data": problem.fingerprint,
         "code": code_fingerprint(),
+        **marks_of(settings),
     }
+
+
+def marks_of(settings: Settings) -> dict[str, str]:
+    """sha256 of files that the config names beside base and data.
+
+    Another adapter under the same name is another start.
+
+    Raises:
+      BadInput: One cannot be read.
+    """
+    found = {}
+    if settings.start is not None:
+        found["start"] = fingerprint_of(settings.start)
+    if settings.evaluate.known is not None:
+        found["known"] = hashlib.sha256(read_known(settings)).hexdigest()
+    return found
 
 
 def directory_of(settings: Settings) -> Path:

@@ -1,4 +1,4 @@
-"""The kinds of data that runs know. A kind joins by its two functions and its entry."""
+"""The kinds of data that runs know. A kind joins by three functions and an entry."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -28,7 +28,7 @@ class Results:
         self._ledgers = Ledgers(prepared.batches, fitted)
         self._scored: dict[str, Sequence[Scored]] = {}
         self._answers: dict[str, Sequence[Said]] = {}
-        self._known: Sequence[Mapping[str, Any]] | None = None
+        self._known: Sequence[Scored] | None = None
 
     def trees(self, trial: int) -> tuple[Trained, Dials]:
         """A trial's chosen tree and its dials, as it would have them alone."""
@@ -49,16 +49,14 @@ class Results:
         if ended and ended["failed"]:
             raise NonFinite(ended["why"])
         settings, problem = prepared.settings, prepared.problem
+        wanted = settings.evaluate
+        options = {"resamples": wanted.resamples, "level": wanted.level}
         scores = {}
         for name in ("validation", "test"):
             sealed = name == "test" and not settings.evaluate.test
             if name in problem.rows and not sealed:
                 scored = self._score(name)[trial]
                 ids = np.asarray(problem.ids(name))
-                options = {
-                    "resamples": settings.evaluate.resamples,
-                    "level": settings.evaluate.level,
-                }
                 arrays, found = scored.arrays(), scored.report(**options)
                 if isinstance(problem, Answering) and settings.evaluate.answers:
                     said = self._said(problem, name)[trial]
@@ -67,7 +65,7 @@ class Results:
                 record.save_predictions(name, id=ids, **arrays)
                 scores[name] = found
         if isinstance(problem, LanguageProblem) and (kept := self._kept(problem)):
-            scores["known"] = kept[trial]
+            scores["known"] = kept[trial].report(**options)
         costs = self._ledgers.of(prepared, *self.trees(trial))
         if fitted.pack is None and (earlier := record.read_json("costs.json")):
             # Training ended before this process began: its clock knows nothing of it.
@@ -108,7 +106,7 @@ class Results:
             )
         return self._scored[name]
 
-    def _kept(self, problem: LanguageProblem) -> Sequence[Mapping[str, Any]] | None:
+    def _kept(self, problem: LanguageProblem) -> Sequence[Scored] | None:
         """How much of what the base knew every trial has kept."""
         if self._known is None and problem.known is not None:
             self._known = problem.kept(self._predict)

@@ -115,8 +115,15 @@ class Evaluation:
     known: str | None = None
 
     def __post_init__(self) -> None:
-        if self.answers is not None and self.answers < 1:
-            raise BadInput(f"answers must be at least 1, or null, not {self.answers}")
+        for name in ("batch_size", "resamples", "answers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"evaluate.{name} must be at least 1, not {value}")
+        if not 0 < self.level < 1:
+            raise BadInput(
+                f"evaluate.level = {self.level:g} is no confidence level between 0 "
+                "and 1, as 0.95"
+            )
 
 
 @spec
@@ -237,17 +244,13 @@ def read(config: Mapping[str, Any]) -> Settings:
         seed=seed,
         config={key: config.get(key) for key in known},
     )
-    settings.rules("head/**" if BATCHINGS[source.kind] is Batching else None)
-    if settings.evaluate.answers is not None and source.kind != "answers":
-        raise BadInput(
-            f"evaluate.answers = {settings.evaluate.answers} is for questions, and "
-            f"data={data['name']} has {source.kind}: set it to null"
-        )
     encoded = BATCHINGS[source.kind] is Batching
-    if settings.evaluate.known is not None and encoded:
+    settings.rules("head/**" if encoded else None)
+    check_evaluation(settings.evaluate, source.kind)
+    if settings.optim.label_smoothing and source.kind != "classes":
         raise BadInput(
-            f"evaluate.known = {settings.evaluate.known!r} is for language models, and "
-            f"data={data['name']} are for an encoder: set it to null"
+            f"optim.label_smoothing = {settings.optim.label_smoothing:g} smooths "
+            f"classes, and data={data['name']} has {source.kind}: set it to 0"
         )
     if settings.start is not None:
         _check_start(settings)
@@ -277,6 +280,24 @@ def read(config: Mapping[str, Any]) -> Settings:
             f"data.batching.batch_size = {settings.batching.batch_size}"
         )
     return settings
+
+
+def check_evaluation(wanted: Evaluation, kind: str) -> None:
+    """Refuses to be told what a kind of data cannot tell.
+
+    Raises:
+      BadInput: Answers or known texts are asked for where there are none.
+    """
+    if wanted.answers is not None and kind != "answers":
+        raise BadInput(
+            f"evaluate.answers = {wanted.answers} is for questions and answers, and "
+            f"the data are of the kind {kind!r}: set it to null"
+        )
+    if wanted.known is not None and BATCHINGS[kind] is Batching:
+        raise BadInput(
+            f"evaluate.known = {wanted.known!r} is for language models, and data of "
+            f"the kind {kind!r} are for an encoder: set it to null"
+        )
 
 
 def _check_start(settings: Settings) -> None:

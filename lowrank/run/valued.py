@@ -17,7 +17,7 @@ from lowrank.evaluate import values
 from lowrank.evaluate.values import Estimates, score_values
 from lowrank.io.hub import Base
 from lowrank.run.forward import Batch, Forward
-from lowrank.run.judges import Judge, Predict
+from lowrank.run.judges import Judge, Predict, finite
 from lowrank.run.problem import Shipping, card_of, known_split
 from lowrank.run.settings import Settings
 from lowrank.run.texts import (
@@ -44,11 +44,16 @@ class OfValues:
 
     def check(self, field: str, name: str, validation: Sequence[Batch]) -> None:
         """See `Judge`."""
-        del validation
         if name not in values.METRICS:
             raise BadInput(
                 f"{field} = {name!r} is no number about values; there are "
                 f"{', '.join(values.METRICS)}"
+            )
+        right = [y for one in validation for y in one["y"][one["index"] >= 0].flat]
+        if name in values.OF_SPREAD and len({*right}) < 2:
+            raise BadInput(
+                f"{field} = {name!r} has no value where all right numbers are equal, "
+                "as those of the validation split are: take rmse or mae, or other rows"
             )
 
     def numbers(
@@ -57,7 +62,7 @@ class OfValues:
         """See `Judge`."""
         del forward
         found = score_values(predict, validation, mean=self.mean, scale=self.scale)
-        return [one.numbers() for one in found]
+        return finite(found)
 
 
 @dataclasses.dataclass(frozen=True)

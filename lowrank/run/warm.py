@@ -1,5 +1,6 @@
 """A start from an earlier adapter, instead of from a drawn one that changes nothing."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from lowrank.core.arrays import Dials, Trained
 from lowrank.core.errors import BadInput
 from lowrank.deltas.lora import LoRA
 from lowrank.io.adapter import Adapter, spread
-from lowrank.io.peft import read_adapter
-from lowrank.run.problem import Problem
+from lowrank.io.peft import MODEL, read_adapter
+from lowrank.io.sources import sha256_of
+from lowrank.run.problem import Problem, Shipping
 from lowrank.run.settings import Settings
 
 #: Drawn trained tree of a trial -> what it starts from.
@@ -49,6 +51,8 @@ def warm_start(
             "delta=lora, or leave delta.start out"
         )
     adapter = _read(settings.start, problem.base.fingerprint)
+    _check_head(adapter, shipping, settings)
+    adapter = _in_unit(adapter, shipping)
     kernel = lambda module: shipping.kernel(module, settings.base.scan)
     # With shapes alone: what does not fit is said before anything compiles.
     _, gates = spread(adapter, adapted.trained_shapes(), dials, kernel)
@@ -63,11 +67,62 @@ def warm_start(
     return lambda drawn: _filled(adapter, drawn, dials, kernel)
 
 
-def _read(given: str, fingerprint: str) -> Adapter:
+def fingerprint_of(given: str) -> str:
+    """sha256 of the weights that `delta.start` names.
+
+    Raises:
+      BadInput: There are none.
+    """
+    file = _folder(given) / MODEL
+    if not file.is_file():
+        raise BadInput(
+            f"delta.start = {given!r} has no {MODEL}: give the folder of an adapter, "
+            "or of a finished run"
+        )
+    return sha256_of(file)
+
+
+def _folder(given: str) -> Path:
     folder = Path(given).expanduser()
     # Of a run, its adapter.
     own = folder / "adapter"
-    return read_adapter(own if own.is_dir() else folder, base_fingerprint=fingerprint)
+    return own if own.is_dir() else folder
+
+
+def _read(given: str, fingerprint: str) -> Adapter:
+    return read_adapter(_folder(given), base_fingerprint=fingerprint)
+
+
+def _check_head(adapter: Adapter, shipping: Shipping, settings: Settings) -> None:
+    """Refuses a head whose outputs mean something else here."""
+    for name, place in (("pooling", "base.pooling"), ("classes", "the data's classes")):
+        before, now = (one.get(name) for one in (adapter.notes, shipping.notes))
+        if adapter.whole and before is not None and before != now:
+            shown = lambda x: f"{len(x)}, as {x[0]!r}" if isinstance(x, list) else x
+            raise BadInput(
+                f"delta.start = {settings.start!r} was trained with other "
+                f"{place}: {shown(before)}, and here {shown(now)}; its head would be "
+                "read wrongly. Give the same, in the same order"
+            )
+
+
+def _in_unit(adapter: Adapter, shipping: Shipping) -> Adapter:
+    """The adapter with a head that tells numbers in this run's unit.
+
+    A head of numbers gives z = (v - m) / s for the mean m and deviation s of what it
+    was trained on; with those of this run, v is z s / s' + (m - m') / s'.
+    """
+    before, now = adapter.notes, shipping.notes
+    if "scale" not in before or "scale" not in now:
+        return adapter
+    ratio = before["scale"] / now["scale"]
+    shift = (before["mean"] - now["mean"]) / now["scale"]
+    bias = lambda name: name.endswith(".bias")
+    whole = {
+        name: (value * ratio + (shift if bias(name) else 0.0)).astype(value.dtype)
+        for name, value in adapter.whole.items()
+    }
+    return dataclasses.replace(adapter, whole=whole)
 
 
 def _filled(

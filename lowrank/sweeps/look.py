@@ -7,7 +7,7 @@ from lowrank.core.spec import digest
 from lowrank.io.files import LOCK_NAME
 from lowrank.io.record import Record, stored_result
 from lowrank.run.packs import Outcome
-from lowrank.run.prepare import identity_of
+from lowrank.run.prepare import identity_of, marks_of
 from lowrank.run.problems import load_problem
 from lowrank.run.settings import Settings
 from lowrank.sweeps.group import Trial
@@ -56,4 +56,7 @@ class Look:
         key = digest([*parts, settings.run.cache])
         if key not in self._identities:
             self._identities[key] = identity_of(settings, load_problem(settings))
-        return {**self._identities[key], "config": settings.trial_id}
+        own = {"config": settings.trial_id, **marks_of(settings)}
+        # What another trial with the same data names is not this one's.
+        shared = ("base", "data", "code")
+        return {name: self._identities[key][name] for name in shared} | own

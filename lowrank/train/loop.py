@@ -38,6 +38,8 @@ class Events:
       evaluate: state -> one dict of validation numbers per trial; None without a
         validation split.
       lower_is_better: Validation numbers of which the smallest is the best.
+      undefined: Validation numbers that may be missing, as a correlation with equal
+        numbers is; such a validation is no best one.
       timed: (batch shape, seconds): a finished step.
       progress: (position, total, text).
       alive: What the loop begins to do; for a watchdog.
@@ -50,6 +52,7 @@ class Events:
     timed: Callable[[tuple[int, ...], float], None]
     progress: Callable[[int, int, str], None]
     lower_is_better: frozenset[str] = frozenset()
+    undefined: frozenset[str] = frozenset()
     alive: Callable[[str], None] = lambda doing: None
 
 
@@ -314,17 +317,23 @@ class Loop:
         self._events.alive("validation")
         results = self._events.evaluate(state)
         select = self._settings.select
-        if select not in results[0]:
+        known = {name for one in results for name in one}
+        if known and select not in known | self._events.undefined:
             raise BadInput(
                 f"loop.select = {select!r} is not a validation number; there are "
-                f"{', '.join(results[0])}"
+                f"{', '.join(sorted(known))}"
             )
         sign = -1.0 if select in self._events.lower_is_better else 1.0
         best = np.asarray(state.best_value)
         values = np.full(len(results), NO_VALUE, np.float32)
         rows: list[dict[str, float]] = [{} for _ in results]
         for trial in _live(memory):
-            values[trial] = sign * results[trial][select]
+            if not results[trial]:
+                why = "a validation gives numbers that are not finite"
+                self._end(memory, trial, memory["position"], why, failed=True)
+                continue
+            if select in results[trial]:
+                values[trial] = sign * results[trial][select]
             new = values[trial] > best[trial]
             stale = memory["stale"][trial] = 0 if new else memory["stale"][trial] + 1
             rows[trial] = {f"validation/{n}": v for n, v in results[trial].items()}

@@ -51,6 +51,9 @@ class Penalties:
         regulariser (Zhang et al. 2023, arXiv:2303.10512, eq. 4), which there keeps
         singular vectors beside a diagonal of their values. LoRA has no such diagonal:
         rows of length one then mean ||D||_F = scale sqrt(rank), so small weights only.
+        As in the paper a sum of squares over all layers; the authors' code has the
+        mean over matrices of norms that are not squared, so its 0.1 or 0.5 is another
+        strength than the same number here.
       norm_cap: Largest ||D||_F / ||W||_F of every layer after a step; b is shortened
         where it is exceeded. Relative to the weight, so that one number means the same
         in every layer and for every base; a constraint, not a term of the loss.

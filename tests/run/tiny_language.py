@@ -37,7 +37,7 @@ def write_llama(root, **config):
     shape, family = spec_from_config(config, "here")
     one = {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)}
     params = jax.jit(LanguageModel(shape).init)(jax.random.key(0), one)["params"]
-    save_file(family.to_hf(params), root / "model.safetensors")
+    save_file(dict(family.to_hf(params)), root / "model.safetensors")
     made = Tokenizer(
         models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>")
     )

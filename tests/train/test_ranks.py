@@ -12,7 +12,14 @@ import toy
 from lowrank.adapt.attach import attach
 from lowrank.adapt.rules import Rule, Train
 from lowrank.allocate.fixed import Uniform
-from lowrank.allocate.recipes import AdaLoRA, Growth, Norm, Random, Squeeze
+from lowrank.allocate.recipes import (
+    AdaLoRA,
+    EffectiveRank,
+    Growth,
+    Norm,
+    Random,
+    Squeeze,
+)
 from lowrank.core.errors import BadInput
 from lowrank.deltas.lora import LoRA
 from lowrank.run.forward import inputs_of
@@ -398,3 +405,52 @@ def test_an_importance_that_is_no_number_moves_nothing_and_says_so():
     for at, _, after, metrics in world.states(start=4, steps=8):
         assert bool(metrics["sound"][0]) == (at < 5)
         np.testing.assert_array_equal(world.flat(after), before)
+
+
+@pytest.mark.parametrize(
+    "allocator",
+    [
+        EffectiveRank(**WINDOW),
+        EffectiveRank(**WINDOW, importance="stable_rank"),
+        Norm(**WINDOW, selector="proportional"),
+        Norm(**WINDOW, selector="variance", threshold=0.9),
+        Norm(**WINDOW, normaliser="layer"),
+        Norm(**WINDOW, importance="gradient"),
+    ],
+    ids=["effective", "stable", "proportional", "variance", "normaliser", "gradient"],
+)
+def test_every_piece_runs_in_the_step_and_keeps_its_budget(allocator):
+    world = World(allocator)
+    budget = world.constants()["budget"]
+    for at, _, after, metrics in world.states():
+        assert metrics["sound"][0]
+        ceiling = allocator.selector == "variance"
+        total = world.flat(after).sum()
+        assert total <= budget[at] if ceiling else total == budget[at]
+    assert int(world.state.ranks["history"]["count"][0]) == 5
+    assert world.traced == 1
+
+
+def test_who_returns_after_training_is_newborn_again():
+    """A component that was trained, died and is opened again has age and moments 0."""
+    still = dataclasses.replace(OPTIM, weight_decay=0.0, clip=None)
+    often = {**WINDOW, "every": 1, "measure_every": 1}
+    swaps = Random(**often, selector="swap", start=1.0, schedule="constant", moves=8)
+    world, returned = World(swaps, optims=[still]), 0
+    lived = {"stack": np.zeros((LAYERS, HELD), bool), "up": np.zeros(HELD, bool)}
+    for _, before, after, _ in world.states():
+        (aged,) = [x for x in after.opt if isinstance(x, Aged)]
+        for path in ("stack", "up"):
+            was, now = (
+                np.asarray(s.dials[path]["gate"][0]) != 0 for s in (before, after)
+            )
+            lived[path] |= was
+            again = now & ~was & lived[path]
+            if not again.any():
+                continue
+            returned += again.sum()
+            assert (np.asarray(aged.age[path]["b"][0])[again] == 1).all()
+            moved = np.asarray(after.trained[path]["b"][0])[again]
+            # Its first update, from zero: the rate, whatever its moments were.
+            np.testing.assert_allclose(np.abs(moved), still.lr, rtol=1e-3)
+    assert returned > 0

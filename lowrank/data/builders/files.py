@@ -319,7 +319,7 @@ def _as_number(value: Any) -> str | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return repr(number) if math.isfinite(number) else None
 

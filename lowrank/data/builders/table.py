@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from lowrank.core.errors import BadInput, UnknownName, nearest
 from lowrank.data.builders.files import SUFFIXES, Columns
+from lowrank.data.splits import Split
 
 SPLITS = ("train", "validation", "test")
 #: Stems of files in a folder, by split.
@@ -96,7 +98,7 @@ def check_columns(columns: Mapping[str, Columns]) -> tuple[str, ...]:
       BadInput: An id occurs twice, a label of another split is unknown to train, or
         there is one class only.
     """
-    _unique_ids(columns)
+    unique_ids(columns)
     known = Counter(columns["train"].labels)
     for split, one in columns.items():
         unknown = [n for n, label in enumerate(one.labels) if label not in known]
@@ -120,7 +122,8 @@ def check_columns(columns: Mapping[str, Columns]) -> tuple[str, ...]:
     return tuple(sorted(known))
 
 
-def _unique_ids(columns: Mapping[str, Columns]) -> None:
+def unique_ids(columns: Mapping[str, Columns]) -> None:
+    """Refuses ids that come twice, in one split or in two."""
     seen: dict[str, str] = {}
     doubles: list[str] = []
     for one in columns.values():
@@ -134,6 +137,32 @@ def _unique_ids(columns: Mapping[str, Columns]) -> None:
             f"{len(doubles)} ids occur twice: {'; '.join(doubles[:_SHOWN])}. Ids are "
             "unique over all splits; leave data.id out to have rows numbered."
         )
+
+
+def as_splits(
+    read: Mapping[str, Columns],
+) -> tuple[dict[str, Split], dict[str, str]]:
+    """Rows whose labels are no classes.
+
+    Returns:
+      The texts by split, with labels of zero; and the label of every row, by its id.
+
+    Raises:
+      BadInput: An id comes twice.
+    """
+    unique_ids(read)
+    splits, labels = {}, {}
+    for split, columns in read.items():
+        ids = columns.ids or [f"{split}/{n}" for n in range(len(columns.texts))]
+        splits[split] = Split(
+            tuple(ids),
+            tuple(columns.texts),
+            np.zeros(len(ids), np.int32),
+            tuple(columns.groups) if columns.groups else None,
+            tuple(columns.pairs) if columns.pairs else None,
+        )
+        labels |= dict(zip(ids, columns.labels, strict=True))
+    return splits, labels
 
 
 def locate(
@@ -173,13 +202,15 @@ def locate(
             if files:
                 found[split] = files
     elif path is None:
-        raise BadInput(f"data={name} needs data.path= or data.train=")
+        remedy = " or data.train=" if given else ""
+        raise BadInput(f"data={name} needs data.path={remedy}")
     elif base.is_file():
         found["train"] = [base]
     else:
         found = _in_folder(base, suffixes)
     if "train" not in found:
-        raise BadInput(f"data={name} has no train file; say data.train= or data.path=")
+        remedy = "say data.train= or data.path=" if given else "name one of them so"
+        raise BadInput(f"data={name} has no train file among its files: {remedy}")
     _check_files(found)
     return found
 
