@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from lowrank.core.errors import BadInput
+from lowrank.core.errors import BadInput, NonFinite
 from lowrank.data.answers import Answers
 from lowrank.data.choices import Choices, ChoiceTask, every_choice
 from lowrank.data.talk import Talk
@@ -52,7 +52,10 @@ class Layout:
 
     def terms(self, sums: TokenSums) -> Float64[np.ndarray, "questions 5"]:
         """What every question adds: 1, whether the likeliest choice is right, as a
-        whole and per token, and loss and tokens of the right one."""
+        whole and per token, and loss and tokens of the right one; NaN everywhere if a
+        log-probability is not finite."""
+        if not np.isfinite(sums.terms).all():
+            return np.full((self.num_questions, 5), np.nan)
         loss, tokens = sums.terms[:, 0], sums.terms[:, 1]
         hit = [self._hit(loss), self._hit(loss / tokens)]
         ones = np.ones(self.num_questions)
@@ -105,7 +108,8 @@ class OfChoices:
         found = []
         for one in score_tokens(predict, validation):
             sums = self.layout.terms(one).sum(axis=0)
-            found.append({n: float(v(sums, sums)) for n, v in _values().items()})
+            told = {n: float(v(sums, sums)) for n, v in _values().items()}
+            found.append(told if np.isfinite(sums).all() else {})
         return found
 
 
@@ -123,6 +127,8 @@ class Chosen:
 
     def report(self, *, resamples: int, level: float) -> dict[str, Any]:
         """See `problem.Scored`; whole groups are resampled."""
+        if not np.isfinite(self.terms).all():
+            raise NonFinite("the model gives log-probabilities that are not finite")
         names = np.asarray(self.groups)
         options = {"groups": names, "resamples": resamples, "level": level}
         metrics = {

@@ -287,3 +287,17 @@ def test_files_of_meanings(tmp_path):
         rnnlg.read(tmp_path)
     with pytest.raises(BadInput, match="no meaning of the form"):
         rnnlg.cut([("hello", "x")], 0)
+
+
+@given(st.lists(st.integers(1, 12), max_size=40))
+def test_bins_are_those_of_the_plain_first_fit(lengths):
+    rows, room = [], []
+    for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        fits = [row for row, left in enumerate(room) if left >= lengths[number]]
+        if not fits:
+            rows.append([])
+            room.append(12)
+            fits = [len(rows) - 1]
+        rows[fits[0]].append(number)
+        room[fits[0]] -= lengths[number]
+    assert bins(lengths, 12) == rows

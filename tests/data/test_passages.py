@@ -107,3 +107,27 @@ def test_files_without_text(tmp_path):
     for content, said in ((b" \n ", "holds no text"), (b"a\xff", "not UTF-8")):
         with pytest.raises(BadInput, match=said):
             documents(tmp_path / "x.txt", content)
+
+
+def test_repeated_documents_are_on_one_side(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("\n\n".join([*TEXTS, *(text.upper() for text in TEXTS)]))
+    task = loaded(path=str(path), test_share=0.3, validation_share=0.3)
+    seen = [{text.lower() for text in rows.texts} for rows in task.splits.values()]
+    assert sum(map(len, seen)) == len(TEXTS)
+    for rows in task.splits.values():
+        # Windows of what says the same are resampled together.
+        assert len({*rows.groups}) == len({text.lower() for text in rows.texts})
+
+
+def test_given_splits_may_share_a_little(tmp_path):
+    (tmp_path / "train.txt").write_text("\n\n".join(TEXTS))
+    test = [f"{text} else" for text in TEXTS]
+    for shared, refused in ((1, False), (3, True)):
+        mixed = [*TEXTS[:shared], *test[shared:]]
+        (tmp_path / "test.txt").write_text("\n\n".join(mixed))
+        if refused:
+            with pytest.raises(BadInput, match="3 of 40 rows of the test split say"):
+                loaded(path=str(tmp_path))
+        else:
+            assert loaded(path=str(tmp_path)).splits["test"]

@@ -98,3 +98,59 @@ def test_a_question_in_two_given_splits(tmp_path):
     write(tmp_path / "test.csv", ROWS[:1])
     with pytest.raises(BadInput, match="Cut by groups"):
         loaded(path=str(tmp_path))
+
+
+def test_equal_questions_stay_together_whatever_groups_say(tmp_path):
+    """Rows of two given groups that ask the same make one group of both."""
+    rows = [(f"what is {n % 40}", f"it is {n}", f"g{n}") for n in range(80)]
+    names = ("question", "answer", "source")
+    path = write(tmp_path / "own.csv", rows, names)
+    task = loaded(path=str(path), group="source")
+    seen = [{*rows.questions} for rows in task.splits.values()]
+    assert sum(map(len, seen)) == 40, "no question is on two sides"
+    for rows in task.splits.values():
+        assert all(len(answers) == 2 for answers in rows.answers)
+
+
+def test_an_id_that_comes_twice_is_refused_though_few_rows_are_taken(tmp_path):
+    rows = [(f"what is {n}", f"it is {n}", f"id{n % 50}") for n in range(100)]
+    path = write(tmp_path / "own.csv", rows, ("question", "answer", "name"))
+    with pytest.raises(BadInput, match="50 ids occur twice"):
+        loaded(path=str(path), id="name", train_rows=5)
+
+
+def test_other_right_choices_are_other_data(tmp_path):
+    rows = [
+        {
+            "question": f"q{n}",
+            "choices": ["a", "b"],
+            "answer": n % 2,
+            "other": 1 - n % 2,
+        }
+        for n in range(40)
+    ]
+    path = tmp_path / "quiz.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = {"name": "choices", "path": str(path)}
+    one = build(given, CATALOGUE, "data").load()
+    other = build({**given, "answer": "other"}, CATALOGUE, "data").load()
+    assert one.fingerprint != other.fingerprint
+    assert one.fingerprint == build(given, CATALOGUE, "data").load().fingerprint
+
+
+@pytest.mark.parametrize("group", [None, "source"])
+def test_equal_choices_questions_stay_together(tmp_path, group):
+    rows = [
+        {
+            "question": f"q{n % 30}",
+            "choices": ["a", "b"],
+            "answer": 0,
+            "source": f"s{n}",
+        }
+        for n in range(60)
+    ]
+    path = tmp_path / "quiz.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = {"name": "choices", "path": str(path), "group": group}
+    task = build(given, CATALOGUE, "data").load()
+    assert sum(len({*rows.questions}) for rows in task.splits.values()) == 30

@@ -81,5 +81,31 @@ def test_every_row_is_read_once_in_its_own_unit():
     np.testing.assert_allclose(second.numbers()["rmse"], 2.0)
     with pytest.raises(BadInput, match="exactly once"):
         score_values(predict, [*batches(right), *batches(right)])
-    with pytest.raises(NonFinite, match="not finite"):
-        score_values(lambda batch: batch["y"][None] * np.nan, batches(right))
+
+
+def test_a_trial_that_is_not_finite_is_the_only_one():
+    right = np.arange(10.0)
+    apart = np.array([0.0, np.nan])[:, None, None]
+    sound, broken = score_values(lambda batch: batch["y"][None] + apart, batches(right))
+    assert sound.numbers()["rmse"] == 0
+    for told in (broken.numbers, broken.report):
+        with pytest.raises(NonFinite, match="not finite"):
+            told()
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_numbers_do_not_depend_on_the_unit(size):
+    predicted, right = drawn(3)
+    one, other = Estimates(predicted, right), Estimates(predicted * size, right * size)
+    for name, value in other.numbers().items():
+        unit = size if name in ("rmse", "mae") else 1.0
+        np.testing.assert_allclose(value, one.numbers()[name] * unit, rtol=1e-7)
+    assert {*other.numbers()} == {*METRICS}
+
+
+def test_constant_predictions_have_no_correlation_whatever_rounding_leaves():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        right = rng.normal(size=7)
+        constant = np.full(7, rng.normal())
+        assert "pearson" not in Estimates(constant, right).numbers()

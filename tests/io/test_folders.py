@@ -1,13 +1,18 @@
 """A folder of a model is written whole, or not at all."""
 
 import json
+import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 
 from lowrank.core.errors import BadInput, CannotWrite
+from lowrank.io.decoders import LLAMA
 from lowrank.io.folders import INDEX, write_model
 from lowrank.io.safetensors import Tensors
+from lowrank.models.decoder import LanguageModel
+from lowrank.models.decoder_spec import DecoderSpec
 
 TENSORS = {f"w{n}": np.full((3, n + 1), n, np.float64) for n in range(4)}
 
@@ -62,7 +67,31 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, source, monkeypatch):
     def full(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowrank.io.folders.save", full)
+    monkeypatch.setattr("lowrank.io.folders.write_tensors", full)
     with pytest.raises(CannotWrite, match="No space left"):
         written(tmp_path, source)
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_only_one_tensor_is_held_while_a_model_is_written(tmp_path, source):
+    """Of a model in our layout: stacked layers, transposed kernels, two shards."""
+    spec = DecoderSpec(
+        vocab_size=64, d_model=128, num_layers=8, num_heads=4, num_kv_heads=4,
+        d_head=32, d_ff=256, max_positions=32,
+    )  # fmt: skip
+    params = LanguageModel(spec).init(
+        jax.random.key(0),
+        {"ids": np.zeros((1, 2), np.int32), "mask": np.ones((1, 2), bool)},
+    )["params"]
+    tensors = LLAMA.to_hf(params)
+    layer = 4 * (4 * 128 * 128 + 3 * 128 * 256)
+    tracemalloc.start()
+    folder = written(tmp_path, source, tensors, max_shard=5 * layer)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    whole = sum(4 * value.size for value in jax.tree.leaves(params))
+    assert peak < 2 * layer < whole / 3
+    with Tensors(folder) as stored:
+        assert stored.shapes == tensors.shapes
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(stored.read(name), value)

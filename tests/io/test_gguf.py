@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tracemalloc
 
 import gguf
 import jax
@@ -165,3 +166,30 @@ def test_the_tokenizer_file_is_one(file, tmp_path):
     assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() == len(
         WORDS
     )
+
+
+def test_only_one_tensor_is_held_while_a_file_is_converted(tmp_path):
+    """The package maps the file; ours are the tensors in float32."""
+    rng = np.random.default_rng(0)
+    big = {
+        name: rng.normal(size=value.shape).astype(np.float32)
+        for name, value in weights().items()
+    }
+    width = 20_000
+    for n in range(LAYERS):
+        for name in ("ffn_gate", "ffn_up"):
+            big[f"blk.{n}.{name}.weight"] = rng.normal(size=(width, WIDTH)).astype("f4")
+        big[f"blk.{n}.ffn_down.weight"] = rng.normal(size=(WIDTH, width)).astype("f4")
+    file = write(tmp_path / "big.gguf", tensors=big)
+    tracemalloc.start()
+    folder = ours.converted(file, "a" * 64, tmp_path / "cache")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    one = 4 * width * WIDTH
+    assert peak < 2.5 * one < sum(value.nbytes for value in big.values()) / 2
+    with Tensors(folder) as stored:
+        for n in range(LAYERS):
+            np.testing.assert_array_equal(
+                stored.read(f"model.layers.{n}.mlp.up_proj.weight"),
+                big[f"blk.{n}.ffn_up.weight"],
+            )

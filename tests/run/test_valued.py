@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import FILLERS, KEYWORDS, World, composed
@@ -11,6 +13,7 @@ from lowrank.core.spec import build
 from lowrank.data.tasks import CATALOGUE
 from lowrank.run.judge import judge
 from lowrank.run.packs import run_pack
+from lowrank.run.prepare import prepare_pack
 from lowrank.run.settings import read
 from lowrank.run.stored import load_run, predict
 from lowrank.run.trial import run_trial
@@ -151,3 +154,82 @@ def test_what_cannot_be_is_said_before_there_is_a_directory(config, world, tmp_p
         with pytest.raises(BadInput, match=said):
             run_trial(config(*overrides, f"run.directory={tmp_path / 'none'}"))
     assert not (tmp_path / "none").exists()
+
+
+def test_texts_that_repeat_are_on_one_side(tmp_path):
+    rows = [{"text": f"text {n % 40}", "value": n} for n in range(80)]
+    path = tmp_path / "twice.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = build({"name": "values", "path": str(path)}, CATALOGUE, "data").load()
+    assert sum(len({*rows.texts}) for rows in task.task.splits.values()) == 40
+
+
+def test_a_correlation_may_have_no_value_at_first(config, world):
+    """The fresh head gives one number to all rows: no correlation, and no end."""
+    directory = world.runs / "correlated"
+    result = run_trial(
+        config(
+            f"run.directory={directory}",
+            "loop.select=pearson",
+            "loop.evaluate_every=1",
+            "optim.lr=1e-12",
+            "optim.epochs=1",
+            "optim.warmup=0",
+        )
+    )
+    assert result["scores"]["test"]["metrics"]["rmse"]["estimate"] > 0
+
+
+def test_a_correlation_with_equal_numbers_is_refused_before_compiling(config, tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for name, values in {
+        "train": (1, 2, 3, 4),
+        "valid": (5, 5),
+        "test": (1, 2),
+    }.items():
+        rows = [{"text": f"{name} {n}", "value": v} for n, v in enumerate(values)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = config(f"data.path={folder}", "loop.select=pearson")
+    with pytest.raises(BadInput, match="take rmse or mae"):
+        run_trial(given)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("optim.label_smoothing=0.1", "smooths classes"),
+        ("evaluate.answers=8", "is for questions and answers"),
+        ("evaluate.known=old.txt", "is for language models"),
+        ("evaluate.level=95", "no confidence level"),
+        ("evaluate.resamples=0", "evaluate.resamples must be at least 1"),
+    ],
+)
+def test_what_numbers_do_not_have(config, more, said):
+    with pytest.raises(BadInput, match=said):
+        read(config(more))
+
+
+def test_a_warm_start_keeps_what_the_head_says_in_another_unit(config, world, tmp_path):
+    earlier = world.runs / "unit"
+    run_trial(config(f"run.directory={earlier}"))
+    rng = np.random.default_rng(5)
+    rows = [
+        {"text": " ".join(rng.choice(FILLERS, 4)), "value": float(rng.normal(3, 0.1))}
+        for _ in range(60)
+    ]
+    path = tmp_path / "other.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = config(f"delta.start={earlier}", f"data.path={path}")
+    prepared = prepare_pack([read(given)])
+    own, problem = prepared.trials[0].adapted, prepared.trials[0].problem
+    trained = prepared.starts[0](own.init_trained(jax.random.key(3)))
+    batch = problem.evaluation("test")[0]
+    found = own.apply(own.frozen(), trained, problem.inputs(batch), dials=own.dials())
+    run = load_run(earlier)
+    wanted = run.outputs(jax.tree.map(jnp.asarray, problem.inputs(batch)))
+    told = lambda z, facts: np.asarray(z) * facts["scale"] + facts["mean"]
+    # Numbers around a thousand in float32, said in units of 160 and of 0.1.
+    np.testing.assert_allclose(
+        told(found, problem.facts), told(wanted, run.facts), rtol=1e-4
+    )

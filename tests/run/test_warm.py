@@ -1,6 +1,8 @@
 """A start from an earlier adapter: the function goes on where it was."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from tiny_run import write_base
 
 from lowrank.core.errors import BadInput
+from lowrank.run.labeled import Labeled
 from lowrank.run.packs import run_pack
-from lowrank.run.prepare import prepare_pack
+from lowrank.run.prepare import marks_of, prepare_pack
 from lowrank.run.settings import read
 from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
@@ -126,3 +129,29 @@ def test_another_base_is_refused(world, earlier, tmp_path):
     given["base"]["source"] = str(other)
     with pytest.raises(BadInput, match=r"(?i)base"):
         prepare_pack([read(given)])
+
+
+def test_another_adapter_of_the_same_name_is_another_start(world, earlier, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(earlier / "adapter", folder)
+    settings = read(world.config(f"delta.start={folder}"))
+    before = marks_of(settings)
+    assert before == marks_of(read(world.config(f"delta.start={earlier}")))
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    assert marks_of(settings) != before
+    assert read(world.config()).trial_id != settings.trial_id
+
+
+@pytest.mark.parametrize("name", ["classes", "pooling"])
+def test_a_head_that_means_something_else_is_refused(world, earlier, monkeypatch, name):
+    right = Labeled.shipping
+
+    def other(self, settings):
+        found = right(self, settings)
+        changed = found.notes["classes"][::-1] if name == "classes" else "cls"
+        return dataclasses.replace(found, notes={**found.notes, name: changed})
+
+    monkeypatch.setattr(Labeled, "shipping", other)
+    with pytest.raises(BadInput, match="its head would be read wrongly"):
+        prepare_pack([read(world.config(f"delta.start={earlier}"))])
