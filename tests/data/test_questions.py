@@ -96,7 +96,7 @@ def test_what_cannot_be(tmp_path, fields, error, said):
 def test_a_question_in_two_given_splits(tmp_path):
     write(tmp_path / "train.csv")
     write(tmp_path / "test.csv", ROWS[:1])
-    with pytest.raises(BadInput, match="Cut by groups"):
+    with pytest.raises(BadInput, match="1 of 1 rows of the test split say"):
         loaded(path=str(tmp_path))
 
 
