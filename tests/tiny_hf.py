@@ -21,7 +21,7 @@ CONFIG = {
 def write_folder(folder, tensors, tokenizer, config=CONFIG):
     """Writes weights, config and tokenizer; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(dict(tensors), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

@@ -310,6 +310,8 @@ class Family:
 class Exported(Mapping[str, np.ndarray]):
     """Tensors by their names, each made when it is asked for and held by nobody.
 
+    `dict` of it holds all of them, as writers want that only keep addresses.
+
     Attributes:
       shapes: Name -> shape.
     """
