@@ -43,7 +43,7 @@ test: $(VENV)/.made
 test-slow: $(VENV)/.made
 	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q \
-	-m 'slow and not parity and not faults and not foreign' --durations 25
+	-m 'slow and not timing and not parity and not faults and not foreign' --durations 25
 
 test-full: $(VENV)/.made
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m 'not parity and not faults and not foreign'

@@ -26,7 +26,7 @@ BOUNDED = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-MANY = settings(BOUNDED, max_examples=400)
+MANY = settings(BOUNDED, max_examples=120)
 
 
 def error_of(program):

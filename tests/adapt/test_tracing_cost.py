@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_a_deep_unrolled_model_lowers_in_less_than_twice_its_own_time():
     # In a process of its own: here every call of ours has its types checked.
     command = ["-m", "experiments.bench.tracing", "--rounds", "7", "--json"]
