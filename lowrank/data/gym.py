@@ -80,7 +80,7 @@ class GymData(AnswerSpec):
             name: reasoning.draw(
                 self.task,
                 config,
-                seed=_seed(self.seed, name),
+                seed=seed_of(self.seed, name),
                 rows=getattr(self, f"{name}_rows"),
                 taken=taken,
                 what=name,
@@ -139,7 +139,7 @@ def _id(split: str, number: int) -> str:
     return f"{split}-{number}"
 
 
-def _seed(seed: int, split: str) -> int:
+def seed_of(seed: int, split: str) -> int:
     """Far from that of every other split: the package draws row n from seed + n."""
     drawn = hashlib.sha256(f"{seed}:{split}".encode()).digest()
     return int.from_bytes(drawn[:8], "big") % 2**31

@@ -1,5 +1,6 @@
 """Questions that are drawn: none in two splits, the same again, judged by their own."""
 
+import itertools
 import sys
 
 import fake_gym
@@ -8,6 +9,7 @@ import pytest
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.core.spec import build
 from lowrank.data.builders import reasoning
+from lowrank.data.gym import seed_of
 from lowrank.data.tasks import CATALOGUE
 
 ROWS = {"train_rows": 40, "validation_rows": 10, "test_rows": 12}
@@ -41,16 +43,10 @@ def test_no_question_is_in_two_splits():
 def test_splits_are_drawn_far_from_each_other():
     seeds = []
     for seed in range(3):
-        seeds += [_drawn_from(seed, split) for split in ("train", "test", "harder")]
+        seeds += [seed_of(seed, split) for split in ("train", "test", "harder")]
     seeds.sort()
-    apart = [b - a for a, b in zip(seeds, seeds[1:], strict=False)]
+    apart = [b - a for a, b in itertools.pairwise(seeds)]
     assert min(apart) > 100_000, "row n is drawn from seed + n"
-
-
-def _drawn_from(seed, split):
-    from lowrank.data.gym import _seed
-
-    return _seed(seed, split)
 
 
 def test_what_is_harder_is_a_split_of_its_own():

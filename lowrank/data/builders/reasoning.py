@@ -35,7 +35,8 @@ _RUN = frozenset(
 #: Packages that run no text: what verifiers may use.
 _HARMLESS = frozenset(
     {"collections", "copy", "dataclasses", "decimal", "enum", "fractions", "functools",
-     "itertools", "json", "math", "numpy", "random", "re", "string", "typing", "warnings"}
+     "itertools", "json", "math", "numpy", "random", "re", "string", "typing",
+     "warnings"}
 )  # fmt: skip
 #: Tasks whose rows depend on the order of a set, which every process has of its own.
 RESTLESS = frozenset(
