@@ -30,8 +30,9 @@ DRAW = """
 import json, sys
 from lowrank.data.gym import GymData
 rows = {"train_rows": 4, "validation_rows": 2, "test_rows": 2}
-print()  # A task prints while it draws.
-print(json.dumps({t: GymData(task=t, **rows).load().fingerprint for t in sys.argv[1:]}))
+found = {t: GymData(task=t, **rows).load().fingerprint for t in sys.argv[1:]}
+print()  # Tasks print while they draw.
+print(json.dumps(found))
 """
 
 
