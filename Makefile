@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 NEWEST ?= python3.13
 
-.PHONY: demo test test-slow test-full test-faults test-engines docs-faults test-newest parity foreign docs-models notebooks lint bench bench-sweep bench-decoder clean
+.PHONY: demo test test-slow test-full test-faults test-engines docs-faults test-newest parity foreign gym docs-models notebooks lint bench bench-sweep bench-decoder clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ $(VENV)/.foreign: $(VENV)/.made tests/foreign/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/foreign/requirements.txt
 	touch $@
 
+$(VENV)/.gym: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[gym]'
+	touch $@
+
 $(VENV)/.engines: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --editable '.[ray,slurm]'
 	touch $@
@@ -43,7 +47,7 @@ test: $(VENV)/.made
 test-slow: $(VENV)/.made
 	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q \
-	-m 'slow and not timing and not parity and not faults and not foreign' --durations 25
+	-m 'slow and not timing and not parity and not faults and not foreign and not gym' --durations 25
 
 test-full: $(VENV)/.made
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m 'not parity and not faults and not foreign'
@@ -71,6 +75,10 @@ parity: $(VENV)/.parity
 # Models of other packages, adapted as they are.
 foreign: $(VENV)/.foreign
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m foreign tests/foreign
+
+# Tasks and verifiers of reasoning-gym itself.
+gym: $(VENV)/.gym
+	$(BIN)/python -m pytest -n $(WORKERS) -q -m gym tests/gym
 
 # The table in docs/models.md, from the same suite.
 docs-models: $(VENV)/.foreign

@@ -8,7 +8,7 @@ answer is the one that is taught; metrics know all.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowrank.core.errors import BadInput
@@ -56,12 +56,15 @@ class AnswerTask:
       splits: By name.
       provenance: Where it came from.
       fingerprint: sha256 of all rows.
+      verify: (id of a row, what was said) -> what that is worth by the source's own
+        rule, from 0 to 1; None where it has none. It runs nothing of what was said.
     """
 
     name: str
     splits: Mapping[str, Answers]
     provenance: Mapping[str, Any]
     fingerprint: str
+    verify: Callable[[str, str], float] | None = None
 
 
 def make_task(

@@ -3,8 +3,9 @@
 ``data=intents`` is made by this package, ``data=table`` reads the user's files and
 ``data=tfds`` any data set that TFDS has prepared. All end in the same `Task`, whose
 fingerprint says whether two runs saw the same rows in the same splits. The catalogue
-has the other sources as well: of questions (`data.questions`, `data.choices`), of plain
-texts (`data.passages`) and of texts with a number (`data.numbers`).
+has the other sources as well: of questions (`data.questions`, `data.gym`,
+`data.choices`), of plain texts (`data.passages`) and of texts with a number
+(`data.numbers`).
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 from lowrank.data.builders import files, intents, registered, table
 from lowrank.data.choices import CATALOGUE as CHOICES
+from lowrank.data.gym import CATALOGUE as GYM
 from lowrank.data.numbers import CATALOGUE as NUMBERS
 from lowrank.data.passages import CATALOGUE as PASSAGES
 from lowrank.data.questions import CATALOGUE as QUESTIONS
@@ -357,6 +359,7 @@ CATALOGUE: dict[str, type[Any]] = {
     "table": TableData,
     "tfds": TfdsData,
     **QUESTIONS,
+    **GYM,
     **CHOICES,
     **PASSAGES,
     **NUMBERS,

@@ -142,6 +142,15 @@ def report(
     }
 
 
+def mean_score(
+    scores: Sequence[float], groups: Sequence[str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """The mean of scores from 0 to 1, in percent, with its interval; see `report`."""
+    names = None if groups is None else np.asarray(groups)
+    terms = np.array([(100.0 * score, 1.0) for score in scores], np.float64)
+    return stats.bootstrap(terms, _mean, groups=names, **options).json()
+
+
 def compare(
     first: Sequence[str],
     second: Sequence[str],

@@ -46,9 +46,26 @@ class Answering(LanguageProblem):
         )
 
     def compared(self, split: str, said: Said, **options: Any) -> dict[str, Any]:
-        """Metrics of answers that were said; see `evaluate.texts.report`."""
+        """Metrics of answers that were said; see `evaluate.texts.report`.
+
+        "verified" is the mean of what the data's own rule makes of them, in percent.
+        """
         rows = self.task.splits[split]
-        return texts.report(said.texts, rows.answers, rows.groups, **options)
+        found = texts.report(said.texts, rows.answers, rows.groups, **options)
+        if (scores := self.verified(split, said)) is not None:
+            found["verified"] = texts.mean_score(scores, rows.groups, **options)
+        return found
+
+    def verified(self, split: str, said: Said) -> list[float] | None:
+        """What every answer is worth by the data's own rule, from 0 to 1.
+
+        Returns:
+          None if the data have no such rule.
+        """
+        if (verify := self.task.verify) is None:
+            return None
+        rows = self.task.splits[split].ids
+        return [verify(row, text) for row, text in zip(rows, said.texts, strict=True)]
 
 
 def load_answering(settings: Settings) -> Answering:
@@ -107,6 +124,6 @@ def _answering(settings: Settings, base: Language, task: AnswerTask) -> Answerin
     if (tokens := settings.evaluate.answers) is not None:
         # What would be found missing after training.
         texts.text_metrics()
-        for split in {"validation", "test"} & {*task.splits}:
+        for split in {*task.splits} - {"train"}:
             found.speaker(split, tokens, 1)
     return found

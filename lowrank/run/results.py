@@ -1,6 +1,6 @@
 """What a trained pack is worth: scores, costs and the result of each trial."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,15 +52,17 @@ class Results:
         wanted = settings.evaluate
         options = {"resamples": wanted.resamples, "level": wanted.level}
         scores = {}
-        for name in ("validation", "test"):
-            sealed = name == "test" and not settings.evaluate.test
-            if name in problem.rows and not sealed:
+        for name in judged(problem.rows):
+            sealed = name != "validation" and not settings.evaluate.test
+            if not sealed:
                 scored = self._score(name)[trial]
                 ids = np.asarray(problem.ids(name))
                 arrays, found = scored.arrays(), scored.report(**options)
                 if isinstance(problem, Answering) and settings.evaluate.answers:
                     said = self._said(problem, name)[trial]
                     arrays["answer"] = np.asarray(said.texts)
+                    if (own := problem.verified(name, said)) is not None:
+                        arrays["verified"] = np.asarray(own)
                     found["metrics"] |= problem.compared(name, said, **options)
                 record.save_predictions(name, id=ids, **arrays)
                 scores[name] = found
@@ -127,6 +129,12 @@ class Results:
                 name, wanted.answers, together
             ).unmerged(fitted.adapted, fitted.frozen, fitted.chosen, fitted.state.dials)
         return self._answers[name]
+
+
+def judged(splits: Iterable[str]) -> list[str]:
+    """The splits that nothing is trained on, validation and test before all others."""
+    first = [name for name in ("validation", "test") if name in splits]
+    return [*first, *(name for name in splits if name not in ("train", *first))]
 
 
 def flat_numbers(result: Mapping[str, Any]) -> dict[str, float]:

@@ -98,7 +98,8 @@ class Evaluation:
       resamples: Bootstrap resamples per interval.
       level: Confidence level of the intervals.
       latency: Whether base, unmerged and merged inference are timed.
-      test: Whether the test split is scored; False keeps it sealed.
+      test: Whether the test split is scored, and whatever else is held out; False
+        keeps them sealed.
       answers: The most tokens of an answer that a language model says to every
         question, to be compared with the right ones; None: it says nothing, and only
         the right answers' likelihood is told.

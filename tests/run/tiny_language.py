@@ -30,16 +30,17 @@ TEMPLATE = (
 )
 
 
-def write_llama(root, **config):
-    """A random model in the layout of Hugging Face, with its tokenizer."""
-    config = CONFIG | config
+def write_llama(root, words=(), **config):
+    """A random model in the layout of Hugging Face, with its tokenizer; more words."""
+    words = list(dict.fromkeys([*WORDS, *words]))
+    config = CONFIG | {"vocab_size": len(words)} | config
     (root / "config.json").write_text(json.dumps(config))
     shape, family = spec_from_config(config, "here")
     one = {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)}
     params = jax.jit(LanguageModel(shape).init)(jax.random.key(0), one)["params"]
     save_file(dict(family.to_hf(params)), root / "model.safetensors")
     made = Tokenizer(
-        models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>")
+        models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>")
     )
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
