@@ -21,6 +21,7 @@ from lowrank.core.spec import (
     without_later,
 )
 from lowrank.data.buckets import Batching
+from lowrank.data.pictures import Pictures
 from lowrank.data.sequences import Sequences
 from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.run.delta_group import make_rules
@@ -63,6 +64,7 @@ BATCHINGS: Mapping[str, type] = {
     "answers": Sequences,
     "choices": Sequences,
     "text": Sequences,
+    "images": Pictures,
 }
 
 
@@ -73,7 +75,8 @@ class BaseSpec:
     Attributes:
       name: What reports call it.
       source: `pypi:package==version`, a folder, a hub id, or `python:module:function`.
-      pooling: How token vectors become one: "mean", "cls" or "pooler".
+      pooling: How token vectors become one: "mean", "cls" or "pooler"; how those of an
+        image do: "mean" over patches, "cls", or "both" side by side.
       scan: Whether layers are one scanned stack (compiles faster) or unrolled.
       remat: What the backward pass recomputes: "none", "dots" or "full".
       dtype: Compute dtype; weights stay float32.
@@ -82,7 +85,7 @@ class BaseSpec:
 
     name: str = "base"
     source: str
-    pooling: Literal["mean", "cls", "pooler"] = "mean"
+    pooling: Literal["mean", "cls", "pooler", "both"] = "mean"
     scan: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -160,7 +163,7 @@ class Settings:
 
     base: BaseSpec
     data: Any
-    batching: Batching | Sequences
+    batching: Batching | Sequences | Pictures
     delta: Mapping[str, Any]
     optim: AdamW
     penalty: Penalties
@@ -237,13 +240,13 @@ def read(config: Mapping[str, Any]) -> Settings:
         seed=seed,
         config={key: config.get(key) for key in known},
     )
-    settings.rules("head/**" if BATCHINGS[source.kind] is Batching else None)
+    encoded = BATCHINGS[source.kind] is not Sequences
+    settings.rules("head/**" if encoded else None)
     if settings.evaluate.answers is not None and source.kind != "answers":
         raise BadInput(
             f"evaluate.answers = {settings.evaluate.answers} is for questions, and "
             f"data={data['name']} has {source.kind}: set it to null"
         )
-    encoded = BATCHINGS[source.kind] is Batching
     if settings.evaluate.known is not None and encoded:
         raise BadInput(
             f"evaluate.known = {settings.evaluate.known!r} is for language models, and "
