@@ -89,8 +89,9 @@ class ImageSpec(TaskSpec):
     test_share: float = 0.2
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        self.check()
+    def check(self) -> None:
+        """Raises `BadInput` if a number is out of range."""
+        super().check()
         if self.size is not None and self.size < 1:
             raise BadInput(f"data.size must be at least 1, or null, not {self.size}")
 
@@ -116,6 +117,9 @@ class DigitsData(ImageSpec):
     Source: Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49. Who wrote which
     digit is not told there, so the splits may share writers.
     """
+
+    def __post_init__(self) -> None:
+        self.check()
 
     def load(self, data_dir: Path | None = None) -> ImageTask:
         """The images, cut into splits.
@@ -153,6 +157,9 @@ class FolderData(ImageSpec):
     """
 
     path: str
+
+    def __post_init__(self) -> None:
+        self.check()
 
     def load(self, data_dir: Path | None = None) -> ImageTask:
         """The images, each decoded once, cut into splits.
