@@ -52,7 +52,9 @@ FILES = sorted(
 #: What a file leaves to the user.
 OWED = {
     "tfds": "data.dataset=ag_news_subset",
-    **dict.fromkeys(("rnnlg", "answers", "choices", "text", "values"), "data.path=x"),
+    **dict.fromkeys(
+        ("rnnlg", "answers", "choices", "text", "values", "images"), "data.path=x"
+    ),
     "given": "ranks.ranks={head: 1}",
     "shuffled": "ranks.ranks={head: 1}",
 }

@@ -13,6 +13,7 @@ from lowrank.adapt.rules import Rule, Train
 from lowrank.core.memory import give_back
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
+from lowrank.models.encoder import EncoderSpec
 from lowrank.run.forward import inputs_of, on_inputs
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
@@ -26,7 +27,7 @@ class Packed:
     """A pack of equal trials that differ in seed and learning rate."""
 
     def __init__(self, setting: Setting, base: Base, num_trials: int):
-        assert base.spec is not None
+        assert isinstance(base.spec, EncoderSpec)
         one = draw_batch(setting, base.spec.vocab_size)
         self._batch = {
             name: np.repeat(value, num_trials, axis=0) for name, value in one.items()

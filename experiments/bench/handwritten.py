@@ -143,7 +143,7 @@ def mean_loss(
 
 def objective(setting: Setting, base: Base, product: Product):
     """`loss(trained, frozen, batch)` and its arguments at the common start."""
-    assert base.spec is not None
+    assert isinstance(base.spec, EncoderSpec)
     shape = base.spec
     scale = setting.alpha / setting.rank
     forward = functools.partial(logits, shape, product, scale)

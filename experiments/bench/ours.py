@@ -20,6 +20,7 @@ from lowrank.core.trees import count, flatten
 from lowrank.cost.count import Product, jaxpr_flops, jaxpr_products
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
+from lowrank.models.encoder import EncoderSpec
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
@@ -53,7 +54,7 @@ def attached(
     setting: Setting, base: Base, rules: Sequence[AnyRule]
 ) -> tuple[Adapted, Trained, dict[str, Any]]:
     """The adapted model, its trained tree at the common start, and the host batch."""
-    assert base.spec is not None
+    assert isinstance(base.spec, EncoderSpec)
     shape = base.spec
     batch = draw_batch(setting, shape.vocab_size)
     example = inputs_of({name: value[0] for name, value in batch.items()})

@@ -16,7 +16,9 @@ from lowrank.data.tasks import Task
 _SHOWN = 5
 
 
-def check_task(task: Task, *, max_overlap: float = MAX_OVERLAP) -> dict[str, Any]:
+def check_task(
+    task: Task, *, max_overlap: float = MAX_OVERLAP, what: str = "texts"
+) -> dict[str, Any]:
     """Checks a task, and reports what a reader of its results should know.
 
     Args:
@@ -24,6 +26,7 @@ def check_task(task: Task, *, max_overlap: float = MAX_OVERLAP) -> dict[str, Any
       max_overlap: Largest share of an evaluation split's rows whose text occurs in
         train, or of the test split's in validation. Letter case and spaces at the
         ends do not tell texts apart.
+      what: The rows' own name for what is compared.
 
     Returns:
       JSON types: for each split rows, classes, smallest and largest class and
@@ -62,7 +65,7 @@ def check_task(task: Task, *, max_overlap: float = MAX_OVERLAP) -> dict[str, Any
         "fingerprint": task.fingerprint,
         "num_classes": len(task.classes),
         "splits": {name: _describe(task, split) for name, split in task.splits.items()},
-        "overlap": _overlap(task, max_overlap),
+        "overlap": _overlap(task, max_overlap, what),
     }
 
 
@@ -121,7 +124,7 @@ def _describe(task: Task, split: Split) -> dict[str, Any]:
     }
 
 
-def _overlap(task: Task, max_overlap: float) -> dict[str, Any]:
+def _overlap(task: Task, max_overlap: float, what: str) -> dict[str, Any]:
     texts = {name: {*_contents(split)} for name, split in task.splits.items()}
     found: dict[str, Any] = {}
     for known, judged in (
@@ -142,7 +145,7 @@ def _overlap(task: Task, max_overlap: float) -> dict[str, Any]:
         }
         if share > max_overlap:
             raise BadInput(
-                f"{len(rows)} of {len(split)} texts of the {judged} split of "
+                f"{len(rows)} of {len(split)} {what} of the {judged} split of "
                 f"{task.name!r} also stand in {known} ({share:.1%}; at most "
                 f"{max_overlap:.1%} may): {', '.join(map(repr, examples))}. Remove "
                 "them, or results would show what was learned by heart."

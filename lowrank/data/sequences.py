@@ -57,7 +57,7 @@ class SequencePipeline:
 
     def __init__(
         self,
-        rows: Mapping[str, Shaped[np.ndarray, "rows length"]],
+        rows: Mapping[str, Shaped[np.ndarray, "rows ..."]],
         *,
         batch_size: int,
         trial_seeds: Sequence[int],
@@ -67,8 +67,8 @@ class SequencePipeline:
         """Plans the batches; draws nothing yet.
 
         Args:
-          rows: "ids", "label", "weight" and what else the model reads; see
-            `data.packing`.
+          rows: "label", "weight", "ids" or "pixels", and what else the model reads;
+            see `data.packing` and `data.pictures`.
           batch_size: Rows per batch.
           trial_seeds: One per trial.
           num_epochs: How long to train, or
@@ -79,7 +79,7 @@ class SequencePipeline:
         """
         self._seeds = order.checked_seeds(trial_seeds)
         self._rows = dict(rows)
-        self._count = len(rows["ids"])
+        self._count = len(rows["weight"])
         if batch_size < 1 or not self._count:
             raise BadInput(
                 f"batch_size = {batch_size} must be at least 1, and there must be rows "
@@ -125,7 +125,7 @@ class SequencePipeline:
         index = np.concatenate([taken, filler], axis=1)
         real = np.arange(self._size) < taken.shape[1]
         batch = {name: value[index] for name, value in self._rows.items()}
-        batch["weight"] = batch["weight"] * real[None, :, None]
+        batch["weight"] = batch["weight"] * _on_rows(real[None], batch["weight"])
         batch["index"] = np.where(real[None], index, -1).astype(np.int32)
         return batch
 
@@ -139,8 +139,9 @@ class SequencePipeline:
         return ((step, self.batch_at(step)) for step in range(start_step, len(self)))
 
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """The only (rows, length) that occurs."""
-        return ((self._size, self._rows["ids"].shape[1]),)
+        """The only (rows, length) that occurs; of images, (rows, side)."""
+        read = self._rows["ids"] if "ids" in self._rows else self._rows["pixels"]
+        return ((self._size, read.shape[1]),)
 
     def examples(self) -> list[Batch]:
         """One batch."""
@@ -166,7 +167,7 @@ class SequencePipeline:
 
 
 def eval_rows(
-    rows: Mapping[str, Shaped[np.ndarray, "rows length"]], batch_size: int
+    rows: Mapping[str, Shaped[np.ndarray, "rows ..."]], batch_size: int
 ) -> list[Batch]:
     """Batches for evaluation: fixed order, every row exactly once.
 
@@ -175,7 +176,7 @@ def eval_rows(
     Raises:
       BadInput: There are no rows, or `batch_size` is not positive.
     """
-    count = len(rows["ids"])
+    count = len(rows["weight"])
     if batch_size < 1 or not count:
         raise BadInput(
             f"batch_size = {batch_size} must be at least 1, and there must be rows "
@@ -187,7 +188,12 @@ def eval_rows(
         real = index < count
         taken = np.where(real, index, first)
         batch = {name: value[taken] for name, value in rows.items()}
-        batch["weight"] = batch["weight"] * real[:, None]
+        batch["weight"] = batch["weight"] * _on_rows(real, batch["weight"])
         batch["index"] = np.where(real, index, -1).astype(np.int32)
         found.append(batch)
     return found
+
+
+def _on_rows(real: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Which rows are real, with axes for what a row may have a weight each of."""
+    return real.reshape(real.shape + (1,) * (weight.ndim - real.ndim))

@@ -132,7 +132,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     if kind not in KINDS:
         found = f"has model_type {kind!r}" if kind else "has no model_type"
         raise BadInput(
-            f"{where} {found}; as an encoder this loader reads {', '.join(KINDS)}. Use "
+            f"{where} {found}; as an encoder this loader reads {', '.join(KINDS)}, and "
+            "of images vit and dinov2. Use "
             "base=python:package.module:load for others"
         )
     return KINDS[kind]

@@ -10,20 +10,26 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from tokenizers import Tokenizer
 
 from lowrank.core.errors import BadInput
 from lowrank.core.trees import flatten
+from lowrank.io import vit
 from lowrank.io.bert import family_of, spec_from_config
+from lowrank.io.keymaps import Family
 from lowrank.io.safetensors import Tensors, read_json
 from lowrank.io.sources import locate
+from lowrank.models import vision
 from lowrank.models.encoder import Classifier, EncoderSpec
-from lowrank.models.options import compute_dtype
+from lowrank.models.options import check_choice, compute_dtype
+from lowrank.models.pixels import ImageInput
+from lowrank.models.vision import VisionSpec
 
 Forward = Callable[[Any, Mapping[str, Any]], jax.Array]
 
@@ -37,14 +43,16 @@ class Base:
       apply: (params, batch) -> logits, float32, (batch, classes).
       features: (params, batch) -> pooled features, (batch, d_model).
       params: The weights, with a fresh head of zeros.
-      tokenizer: A `tokenizers.Tokenizer` that neither pads nor truncates.
+      tokenizer: A `tokenizers.Tokenizer` that neither pads nor truncates; None where
+        no text is read.
       fingerprint: sha256 over the pretrained weights, whatever head, layout or dtype.
       head: Pattern of the weights that are new and hence trained whole.
       provenance: Where the weights came from: versions, hashes, license.
       spec: Its shape; None for a model that is not one of ours.
-      max_length: Longest sequence it was made for, in tokens.
+      max_length: Longest sequence it was made for, in tokens or patches.
       hf_config: Its config.json; None where there is none.
       example: Input of `apply`, arrays or shapes, if not a batch of "ids" and "mask".
+      images: How images become its input, as "pixels"; None where none are read.
     """
 
     name: str
@@ -56,9 +64,10 @@ class Base:
     max_length: int
     head: str = "head/**"
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    spec: EncoderSpec | None = None
+    spec: EncoderSpec | VisionSpec | None = None
     hf_config: Mapping[str, Any] | None = None
     example: Any = None
+    images: ImageInput | None = None
 
     @property
     def outputs(self) -> Forward:
@@ -81,7 +90,8 @@ def load(
     Args:
       base: Where it comes from; see `sources`, and the module's docstring.
       num_classes: Width of the head.
-      pooling: "mean", "cls" or "pooler"; see `Classifier`.
+      pooling: "mean", "cls" or "pooler" of texts, "mean", "cls" or "both" of images;
+        see `encoder.Classifier` and `vision.Classifier`.
       scan: Whether layers are one stacked leaf per weight.
       remat: "none", "full" or "dots"; see `Encoder`.
       dtype: Compute dtype; weights are float32 in any case.
@@ -125,14 +135,29 @@ def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _from_folder(
+class _Opened(NamedTuple):
+    """What a config.json and the files beside it say of a base, but its weights.
+
+    Attributes:
+      model: Batches to logits, or to features.
+      one: A batch of one row.
+      family: Whose names the weights have.
+      told: Fields of `Base`.
+    """
+
+    model: nn.Module
+    one: Mapping[str, np.ndarray]
+    family: Family
+    told: Mapping[str, Any]
+
+
+def _of_texts(
     name: str,
     folder: Path,
-    provenance: Mapping[str, Any],
+    config: Mapping[str, Any],
     num_classes: int,
     options: Mapping[str, Any],
-) -> Base:
-    config = read_json(folder / "config.json")
+) -> _Opened:
     family = family_of(config, str(folder / "config.json"))
     pooled = any(row.path == "pooler/kernel" for row in family.rows)
     if options["pooling"] == "pooler" and not pooled:
@@ -143,16 +168,61 @@ def _from_folder(
     shape = spec_from_config(config, str(folder / "config.json"))
     tokenizer = read_tokenizer(folder / "tokenizer.json", shape.vocab_size)
     compute_dtype(options["dtype"])
-    model = Classifier(spec=shape, num_classes=num_classes, **options)
-    one = {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)}
+    return _Opened(
+        Classifier(spec=shape, num_classes=num_classes, **options),
+        {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)},
+        family,
+        {
+            "spec": shape,
+            "tokenizer": tokenizer,
+            "max_length": _max_length(folder, shape),
+        },
+    )
+
+
+def _of_images(
+    name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    num_classes: int,
+    options: Mapping[str, Any],
+) -> _Opened:
+    shape = vit.vision_spec(config, str(folder / "config.json"))
+    images = vit.image_input(folder, shape)
+    compute_dtype(options["dtype"])
+    check_choice(f"pooling of base {name!r}", options["pooling"], vision.Pooling)
+    square = (1, images.size, images.size, images.channels)
+    return _Opened(
+        vision.Classifier(spec=shape, num_classes=num_classes, **options),
+        {"pixels": np.zeros(square, np.float32)},
+        vit.KINDS[config["model_type"]],
+        {
+            "spec": shape,
+            "tokenizer": None,
+            "max_length": 1 + shape.grid**2,
+            "images": images,
+            "example": {"pixels": jax.ShapeDtypeStruct(square, jnp.float32)},
+        },
+    )
+
+
+def _from_folder(
+    name: str,
+    folder: Path,
+    provenance: Mapping[str, Any],
+    num_classes: int,
+    options: Mapping[str, Any],
+) -> Base:
+    config = read_json(folder / "config.json")
+    seeing = config.get("model_type") in vit.KINDS
+    opened = _of_images if seeing else _of_texts
+    model, one, family, told = opened(name, folder, config, num_classes, options)
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
     leaves, structure = flatten(shapes)
     with Tensors(folder) as tensors:
+        given = tensors.shapes, tensors.read
         filled, fingerprint, ignored = family.from_hf(
-            tensors.shapes,
-            tensors.read,
-            shapes,
-            where=str(folder),
+            *(vit.matrices(*given) if seeing else given), shapes, where=str(folder)
         )
     head = {path: leaf for path, leaf in leaves.items() if path not in filled}
     filled |= {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in head.items()}
@@ -168,12 +238,10 @@ def _from_folder(
         apply=apply,
         features=features,
         params=structure.unflatten(filled),
-        tokenizer=tokenizer,
         fingerprint=fingerprint,
-        max_length=_max_length(folder, shape),
         provenance={**provenance, "ignored_tensors": ignored},
-        spec=shape,
         hf_config=config,
+        **told,
     )
 
 

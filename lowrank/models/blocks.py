@@ -125,28 +125,8 @@ class SelfAttention(nn.Module):
         x: Float[Array, "batch seq d_model"],
         bias: Float[Array, "batch 1 1 seq"],
     ) -> Float[Array, "batch seq d_model"]:
-        batch, seq, d_model = x.shape
-        d_head = d_model // self.num_heads
-
-        def heads(name: str) -> Array:
-            y = linear(self, name, d_model)(x)
-            y = y.reshape(batch, seq, self.num_heads, d_head)
-            return y.transpose(0, 2, 1, 3)
-
-        # Scaling the query costs seq x d_head products a head, not seq x seq.
-        scores = jnp.einsum(
-            "bhqd,bhkd->bhqk",
-            heads("query") * d_head**-0.5,
-            heads("key"),
-            precision=self.precision,
-            preferred_element_type=bias.dtype,
-        )
-        weights = softmax(scores + bias).astype(self.dtype)
-        mixed = jnp.einsum(
-            "bhqk,bhkd->bhqd", weights, heads("value"), precision=self.precision
-        )
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, seq, d_model)
-        return add_and_norm(self, x, linear(self, "output", d_model)(mixed))
+        mixed = attend(self, x, bias)
+        return add_and_norm(self, x, linear(self, "output", x.shape[-1])(mixed))
 
 
 class FeedForward(nn.Module):
@@ -178,10 +158,49 @@ class FeedForward(nn.Module):
         return add_and_norm(self, x, linear(self, "down", x.shape[-1])(hidden))
 
 
-def linear(module: Any, name: str, d_out: int) -> nn.Dense:
+def attend(
+    module: Any, x: Array, bias: Array | None = None, use_bias: bool = True
+) -> Array:
+    r"""What heads mix, :math:`softmax(q k^T / \sqrt{d_{head}} + bias)\, v`.
+
+    Args:
+      module: Whose heads; has num_heads, dtype, precision and init_stddev. The kernels
+        query, key and value become its own.
+      x: (batch, seq, d_model).
+      bias: Added to the scores; None where everything may be looked at.
+      use_bias: Whether the three maps have biases.
+    """
+    batch, seq, d_model = x.shape
+    d_head = d_model // module.num_heads
+
+    def heads(name: str) -> Array:
+        y = linear(module, name, d_model, use_bias)(x)
+        y = y.reshape(batch, seq, module.num_heads, d_head)
+        return y.transpose(0, 2, 1, 3)
+
+    # Scaling the query costs seq x d_head products a head, not seq x seq.
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk",
+        heads("query") * d_head**-0.5,
+        heads("key"),
+        precision=module.precision,
+        preferred_element_type=wide(module.dtype) if bias is None else bias.dtype,
+    )
+    weights = softmax(scores if bias is None else scores + bias)
+    mixed = jnp.einsum(
+        "bhqk,bhkd->bhqd",
+        weights.astype(module.dtype),
+        heads("value"),
+        precision=module.precision,
+    )
+    return mixed.transpose(0, 2, 1, 3).reshape(batch, seq, d_model)
+
+
+def linear(module: Any, name: str, d_out: int, use_bias: bool = True) -> nn.Dense:
     """A dense map under `name` with the dtype, precision and init of `module`."""
     return nn.Dense(
         d_out,
+        use_bias=use_bias,
         dtype=module.dtype,
         precision=module.precision,
         kernel_init=nn.initializers.normal(module.init_stddev),

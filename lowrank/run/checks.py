@@ -67,6 +67,6 @@ def check_plan(
                 f"data.batching.batch_size = {size}"
             )
     for batch in validation or ():
-        check_rows(devices, len(batch["ids"]), "evaluate.batch_size")
+        check_rows(devices, len(batch["weight"]), "evaluate.batch_size")
     if validation:
         check_select("loop.select", loop.select, validation)

@@ -102,7 +102,7 @@ def inference(
     beside its weights, and the model as it was given with merged weights; the first
     and the last differ in their numbers only.
     """
-    sizes_ = [batch["ids"].shape[1:] for batch in batches.examples()]
+    sizes_ = batches.shapes()
     rows, width = max(rows for rows, _ in sizes_), min(width for _, width in sizes_)
     adapted = prepared.adapted
     merged = adapted.merge(frozen, trained, dials)

@@ -82,8 +82,8 @@ def _key(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What an encoder takes of a batch: of pairs, which text a token belongs to."""
-    names = ("ids", "mask", "type_ids")
+    """What an encoder takes of a batch: of pairs, which text a token belongs to too."""
+    names = ("ids", "mask", "type_ids", "pixels")
     return {name: batch[name] for name in names if name in batch}
 
 

@@ -159,13 +159,13 @@ def labeled_again(
     cache = settings.run.cache
     task = settings.data.load(Path(cache) / "data" if cache else None)
     rows, classes = known_split(task.splits, split), tuple(facts["classes"])
-    own = dataclasses.replace(rows, labels=_renumbered(task, split, classes))
+    own = dataclasses.replace(rows, labels=renumbered(task, split, classes))
     task = dataclasses.replace(task, classes=classes, splits={split: own})
     tokens = tokenize_all(task, base, settings)
     return Labeled(settings=settings, base=base, task=task, tokens=tokens, checks={})
 
 
-def _renumbered(task: Task, split: str, classes: Sequence[str]) -> np.ndarray:
+def renumbered(task: Task, split: str, classes: Sequence[str]) -> np.ndarray:
     """Labels as a run numbers its classes."""
     known = {name: number for number, name in enumerate(classes)}
     labels = task.splits[split].labels

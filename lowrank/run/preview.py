@@ -16,6 +16,7 @@ from lowrank.run.prepare import Prepared, site_rows, sizes
 from lowrank.run.ranks import begun, gauges, slots_of
 from lowrank.sharding import batch_shapes, replicated
 from lowrank.train import state as states
+from lowrank.train.batches import entries_of, shape_of
 from lowrank.train.pack import jitted, on_devices
 from lowrank.train.penalties import impose
 from lowrank.train.step import make_step
@@ -78,7 +79,7 @@ def lowered(prepared: Prepared, num_trials: int = 1) -> Lowered:
         adapted.active, imposed, adapted.roles(), aged,
         moving.of_step if moving else (),
     )  # fmt: skip
-    largest = max(prepared.batches.examples(), key=lambda batch: batch["ids"].size)
+    largest = max(prepared.batches.examples(), key=entries_of)
     wide = {
         name: np.broadcast_to(array[:1], (num_trials, *array.shape[1:]))
         for name, array in largest.items()
@@ -104,7 +105,7 @@ def preview(prepared: Prepared) -> dict[str, Any]:
         "whole": list(adapted.fully_trained),
         "sizes": dataclasses.asdict(sizes(adapted)),
         "steps": prepared.batches.num_steps,
-        "batches": [list(b["ids"].shape[1:]) for b in prepared.batches.examples()],
+        "batches": [list(shape_of(b)) for b in prepared.batches.examples()],
         "ranks": _ranks(prepared),
         "step": lowered(prepared).costs(),
     }

@@ -11,6 +11,7 @@ from lowrank.core.errors import BadInput
 from lowrank.evaluate.probe import fit_probe
 from lowrank.evaluate.score import Predictions, report
 from lowrank.run.forward import inputs_of
+from lowrank.run.pictured import Pictured
 from lowrank.run.prepare import Prepared
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,10 @@ def run_probe(prepared: Prepared) -> dict[str, Any]:
       BadInput: There is no validation split to choose the constant on, no test
         split, or the rows have no classes.
     """
-    task = prepared.labeled.task
+    problem = prepared.problem
+    if not isinstance(problem, Pictured):
+        problem = prepared.labeled
+    task = problem.task
     for split in ("validation", "test"):
         if split not in task.splits:
             raise BadInput(
@@ -38,7 +42,7 @@ def run_probe(prepared: Prepared) -> dict[str, Any]:
                 "has none (data.train_on_validation merges it into train)"
             )
     began = time.perf_counter()
-    base = prepared.labeled.base
+    base = problem.base
     forward = jax.jit(base.features)
     params = base.params
     splits = task.splits

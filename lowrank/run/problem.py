@@ -57,6 +57,7 @@ class Shipping:
       card: Text of its README.md.
       task_type: PEFT's; None for a model that PEFT does not know.
       notes: Our own facts about it.
+      unnamed: Patterns of weights that no module of PEFT's corrects.
     """
 
     module: Callable[[str, int | None], str]
@@ -64,6 +65,7 @@ class Shipping:
     card: str
     task_type: str | None
     notes: Mapping[str, Any]
+    unnamed: Sequence[str] = ()
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from lowrank.run.choosing import choosing_again, load_choosing
 from lowrank.run.continuing import continuing_again, load_continuing
 from lowrank.run.labeled import labeled_again, load_labeled, reopen_labeled
 from lowrank.run.language import open_language, reopen_language, sequence_inputs
+from lowrank.run.pictured import load_pictured, pictured_again, reopen_pictured
 from lowrank.run.problem import Problem
 from lowrank.run.settings import BaseSpec, Settings
 from lowrank.run.texts import open_base, text_inputs
@@ -46,6 +47,7 @@ KINDS: Mapping[str, Kind] = {
     "values": Kind(load_valued, reopen_valued, valued_again),
     "answers": Kind(load_answering, reopen_language, answering_again),
     "choices": Kind(load_choosing, reopen_language, choosing_again),
+    "images": Kind(load_pictured, reopen_pictured, pictured_again),
     "text": Kind(load_continuing, reopen_language, continuing_again),
 }
 

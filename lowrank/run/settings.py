@@ -21,9 +21,13 @@ from lowrank.core.spec import (
     without_later,
 )
 from lowrank.data.buckets import Batching
+from lowrank.data.pictures import Pictures
 from lowrank.data.sequences import Sequences
 from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.run.delta_group import make_rules
+from lowrank.run.evaluation import LANGUAGE as LANGUAGE
+from lowrank.run.evaluation import Evaluation as Evaluation
+from lowrank.run.evaluation import check_evaluation as check_evaluation
 from lowrank.run.profile import Profile
 from lowrank.run.ranks_group import Ranks, chosen, filled
 from lowrank.run.sweep import Halving, SweepSpec
@@ -63,6 +67,7 @@ BATCHINGS: Mapping[str, type] = {
     "answers": Sequences,
     "choices": Sequences,
     "text": Sequences,
+    "images": Pictures,
 }
 
 
@@ -73,7 +78,8 @@ class BaseSpec:
     Attributes:
       name: What reports call it.
       source: `pypi:package==version`, a folder, a hub id, or `python:module:function`.
-      pooling: How token vectors become one: "mean", "cls" or "pooler".
+      pooling: How token vectors become one: "mean", "cls" or "pooler"; how those of an
+        image do: "mean" over patches, "cls", or "both" side by side.
       scan: Whether layers are one scanned stack (compiles faster) or unrolled.
       remat: What the backward pass recomputes: "none", "dots" or "full".
       dtype: Compute dtype; weights stay float32.
@@ -82,49 +88,11 @@ class BaseSpec:
 
     name: str = "base"
     source: str
-    pooling: Literal["mean", "cls", "pooler"] = "mean"
+    pooling: Literal["mean", "cls", "pooler", "both"] = "mean"
     scan: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     max_length: int | None = None
-
-
-@spec
-class Evaluation:
-    """How a finished run is judged.
-
-    Attributes:
-      batch_size: Rows per evaluation batch.
-      resamples: Bootstrap resamples per interval.
-      level: Confidence level of the intervals.
-      latency: Whether base, unmerged and merged inference are timed.
-      test: Whether the test split is scored, and whatever else is held out; False
-        keeps them sealed.
-      answers: The most tokens of an answer that a language model says to every
-        question, to be compared with the right ones; None: it says nothing, and only
-        the right answers' likelihood is told.
-      known: A plain file of texts that a language model knew: how much less likely it
-        finds them after training is told; None: it is not.
-    """
-
-    batch_size: int = 64
-    resamples: int = 1000
-    level: float = 0.95
-    latency: bool = True
-    test: bool = True
-    answers: int | None = None
-    known: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "resamples", "answers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadInput(f"evaluate.{name} must be at least 1, not {value}")
-        if not 0 < self.level < 1:
-            raise BadInput(
-                f"evaluate.level = {self.level:g} is no confidence level between 0 "
-                "and 1, as 0.95"
-            )
 
 
 @spec
@@ -168,7 +136,7 @@ class Settings:
 
     base: BaseSpec
     data: Any
-    batching: Batching | Sequences
+    batching: Batching | Sequences | Pictures
     delta: Mapping[str, Any]
     optim: AdamW
     penalty: Penalties
@@ -245,10 +213,10 @@ def read(config: Mapping[str, Any]) -> Settings:
         seed=seed,
         config={key: config.get(key) for key in known},
     )
-    encoded = BATCHINGS[source.kind] is Batching
+    encoded = source.kind not in LANGUAGE
     settings.rules("head/**" if encoded else None)
     check_evaluation(settings.evaluate, source.kind)
-    if settings.optim.label_smoothing and source.kind != "classes":
+    if settings.optim.label_smoothing and source.kind not in ("classes", "images"):
         raise BadInput(
             f"optim.label_smoothing = {settings.optim.label_smoothing:g} smooths "
             f"classes, and data={data['name']} has {source.kind}: set it to 0"
@@ -281,24 +249,6 @@ def read(config: Mapping[str, Any]) -> Settings:
             f"data.batching.batch_size = {settings.batching.batch_size}"
         )
     return settings
-
-
-def check_evaluation(wanted: Evaluation, kind: str) -> None:
-    """Refuses to be told what a kind of data cannot tell.
-
-    Raises:
-      BadInput: Answers or known texts are asked for where there are none.
-    """
-    if wanted.answers is not None and kind != "answers":
-        raise BadInput(
-            f"evaluate.answers = {wanted.answers} is for questions and answers, and "
-            f"the data are of the kind {kind!r}: set it to null"
-        )
-    if wanted.known is not None and BATCHINGS[kind] is Batching:
-        raise BadInput(
-            f"evaluate.known = {wanted.known!r} is for language models, and data of "
-            f"the kind {kind!r} are for an encoder: set it to null"
-        )
 
 
 def _check_start(settings: Settings) -> None:

@@ -44,7 +44,12 @@ def ship(directory: Path, prepared: Prepared, trained: Trained, dials: Dials) ->
         if base.head is None or not matches(base.head, path)
     ]
     shipping = prepared.problem.shipping(settings)
-    if shipping is None or whole or len(recipes) != 1:
+    unnamed = shipping is not None and any(
+        matches(pattern, path)
+        for pattern in shipping.unnamed
+        for path in prepared.adapted.sites
+    )
+    if shipping is None or whole or unnamed or len(recipes) != 1:
         logger.info("PEFT has no layout for this run; trained.safetensors has it all")
         return
     (recipe,) = recipes

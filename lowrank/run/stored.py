@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lowrank.io.language import Language
 from lowrank.io.view import RecordView, load_record
 from lowrank.run.answering import talk_of
 from lowrank.run.forward import inputs_of
+from lowrank.run.pictured import batches_of
 from lowrank.run.prepare import adapt
 from lowrank.run.problems import reopen_base
 from lowrank.run.saying import Speaker
@@ -64,7 +65,7 @@ class Run:
         return tuple(self.facts.get("classes", ()))
 
     def logits(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """Logits of a batch of "ids", "mask" and, of pairs, "type_ids"."""
+        """Logits of a batch of "ids", "mask" and, of pairs, "type_ids"; or "pixels"."""
         inputs = jax.tree.map(jnp.asarray, inputs_of(batch))
         return np.asarray(self.outputs(inputs))
 
@@ -180,14 +181,15 @@ def load_run(directory: str | Path, *, cache: str | None = None) -> Run:
 
 
 def predict(
-    run: Run, texts: Sequence[str | Sequence[str]], *, longest: int = 64
+    run: Run, texts: Sequence[Any], *, longest: int = 64
 ) -> list[dict[str, Any]]:
     """What a run's model makes of new texts.
 
     Args:
       run: From `load_run`.
       texts: One string per row, none of them empty: texts to label, or questions. Of
-        a run on pairs, two strings per row.
+        a run on pairs, two strings per row; of a run on images, arrays of bytes, each
+        (height, width) or (height, width, channels).
       longest: The most tokens of an answer.
 
     Returns:
@@ -198,6 +200,9 @@ def predict(
     Raises:
       BadInput: A row is of another form, or too long for an answer.
     """
+    if run.settings.data.kind == "images":
+        assert isinstance(run.base, Base)
+        return _found(run, batches_of(run.settings, run.base, run.facts, texts))
     paired = getattr(run.settings.data, "pair", None) is not None
     rows = [tuple(x) if isinstance(x, tuple | list) else (x,) for x in texts]
     full = all(isinstance(text, str) and text for row in rows for text in row)
@@ -214,13 +219,18 @@ def predict(
         tokens = tokenize(
             split, run.base.tokenizer, max_length=limit, data="texts", cache=folder
         )
-    found: list[dict[str, Any]] = [{} for _ in rows]
-    for batch in eval_batches(tokens, labels, batching_of(run.settings)):
+    return _found(run, eval_batches(tokens, labels, batching_of(run.settings)))
+
+
+def _found(run: Run, batches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the outputs say, row by row in their own order."""
+    found: dict[int, dict[str, Any]] = {}
+    for batch in batches:
         outputs = run.logits(batch)
         for at, index in enumerate(batch["index"]):
             if index >= 0:
-                found[index] = _told(run, outputs[at])
-    return found
+                found[int(index)] = _told(run, outputs[at])
+    return [found[index] for index in sorted(found)]
 
 
 def _told(run: Run, outputs: np.ndarray) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lowrank.data.tokens import Tokens, tokenize
 from lowrank.io import hub
 from lowrank.io.bert import family_of
 from lowrank.io.hub import Base
+from lowrank.models.encoder import EncoderSpec
 from lowrank.run.forward import Batch, inputs_of
 from lowrank.run.problem import Shipping
 from lowrank.run.settings import BaseSpec, Settings
@@ -116,7 +117,7 @@ def shipping_of(
 def _check_types(base: Base, tokens: Mapping[str, Tokens]) -> None:
     """Refuses pairs that a base cannot tell apart, as its tokenizer does."""
     for split, own in tokens.items():
-        if own.types is None or base.spec is None:
+        if own.types is None or not isinstance(base.spec, EncoderSpec):
             continue
         if (largest := int(own.types.max())) >= base.spec.num_token_types:
             raise BadInput(
@@ -182,6 +183,11 @@ def tokenize_all(task: Task, base: Base, settings: Settings) -> Mapping[str, Tok
       BadInput: The base has no tokenizer, or one that its weights do not go with, or
         `base.max_length` is more than it was made for.
     """
+    if base.images is not None:
+        raise BadInput(
+            f"base {base.name!r} reads images, and the task {task.name!r} is text; "
+            "choose data of images, as data=digits, or a base of texts, as base=minilm"
+        )
     if base.tokenizer is None:
         raise BadInput(
             f"base {base.name!r} has no tokenizer, and the task {task.name!r} is text; "

@@ -1,12 +1,15 @@
 """What training asks of its data: batches as a function of position.
 
 A batch is a mapping from names to arrays. What the model reads is called "ids" where it
-is tokens, and "x" where it is rows of numbers.
+is tokens, "pixels" where it is images, and "x" where it is rows of numbers.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
+
+#: Side of a patch, to count activations by where nobody knows the model.
+PATCH = 16
 
 
 @runtime_checkable
@@ -32,7 +35,7 @@ class TrainBatches(Batches, Protocol):
     steps_per_epoch: int
 
     def shapes(self) -> Sequence[tuple[int, int]]:
-        """The different (rows, width) that occur."""
+        """The different (rows, width) that occur; of images, (rows, side)."""
         ...
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
@@ -56,15 +59,19 @@ def shape_of(batch: Mapping[str, Any]) -> tuple[int, ...]:
 def entries_of(batch: Mapping[str, Any], of_a_pack: bool = True) -> int:
     """How many activations a layer has for one trial's batch: tokens, or rows.
 
-    The features of a row are one activation; the tokens of a text are one each.
+    The features of a row are one activation; the tokens of a text are one each. Of an
+    image it is a patch of 16 x 16 pixels, as most models cut them.
 
     Args:
       batch: What the model reads.
       of_a_pack: Whether its arrays have an axis of trials first.
     """
     shape = _input(batch).shape[1 if of_a_pack else 0 :]
+    if "pixels" in batch:
+        *rows, height, width, _ = shape
+        return math.prod(rows) * max(1, height * width // PATCH**2)
     return math.prod(shape if "ids" in batch else shape[:-1])
 
 
 def _input(batch: Mapping[str, Any]) -> Any:
-    return batch["ids"] if "ids" in batch else batch["x"]
+    return next(batch[name] for name in ("ids", "pixels", "x") if name in batch)
