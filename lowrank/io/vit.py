@@ -274,7 +274,7 @@ def tensors_of(
     family: Family, params: Any, shape: VisionSpec, prefix: str | None = None
 ) -> dict[str, np.ndarray]:
     """Our params as their tensors: the inverse of `matrices` and `Family.from_hf`."""
-    found = family.to_hf(params, prefix)
+    found = dict(family.to_hf(params, prefix))
     for name, value in found.items():
         if name.endswith(f"{_CONVOLUTION}.weight"):
             side, channels = shape.patch_size, shape.num_channels
