@@ -116,7 +116,12 @@ class DigitsData(ImageSpec):
 
     Source: Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49. Who wrote which
     digit is not told there, so the splits may share writers.
+
+    Attributes:
+      size: As of any source of images; 98 is a multiple of the patch of base=vit.
     """
+
+    size: int | None = 98
 
     def __post_init__(self) -> None:
         self.check()

@@ -40,7 +40,7 @@ from lowrank.sharding import (
     replicate,
 )
 from lowrank.train import state as states
-from lowrank.train.batches import TrainBatches
+from lowrank.train.batches import PATCH, TrainBatches
 from lowrank.train.examples import check_examples_apart
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import Events, Loop, LoopSpec, check_pause, finished, fresh
@@ -274,7 +274,7 @@ def fit(
                 save=storage.save if storage else (lambda *a: None),
                 restore=lambda: _stored(storage, like),
                 evaluate=validate,
-                timed=timer.add,
+                timed=timing(timer),
                 progress=report,
                 lower_is_better=judge.lower_is_better,
                 # It was checked to be one of this judge's.
@@ -295,6 +295,19 @@ def fit(
         adapted, frozen, state, forward, timer, pack, bool(validation), ended, paused,
         moving,
     )  # fmt: skip
+
+
+def timing(timer: StepTimer) -> Callable[[tuple[int, ...], float], None]:
+    """What notes a step by the shape of its batch; of images, places are no rows."""
+
+    def add(shape: tuple[int, ...], seconds: float) -> None:
+        if len(shape) != 4:
+            return timer.add(shape, seconds)
+        rows, height, width, _ = shape
+        patches = max(1, height * width // PATCH**2)
+        return timer.add(shape, seconds, rows, rows * patches)
+
+    return add
 
 
 def _started(

@@ -9,9 +9,11 @@ from tiny_run import World, composed, same_outcome
 from tiny_vision import CLASSES, PREPARED, SPEC, image, write_base, write_images
 
 from lowrank.core.errors import BadInput, Corrupt
+from lowrank.cost.measure import StepTimer
 from lowrank.io import vit
 from lowrank.io.hub import Base
 from lowrank.io.peft import read_adapter
+from lowrank.run.fit import timing
 from lowrank.run.judge import judge
 from lowrank.run.packs import run_pack
 from lowrank.run.prepare import prepare
@@ -226,6 +228,15 @@ def given(num_classes):
     apply = lambda params, batch: batch["pixels"].mean(axis=(1, 2)) @ params["head"]
     head = np.zeros((3, num_classes), np.float32)
     return Base("own", apply, apply, {"head": head}, None, "0" * 64, 1)
+
+
+def test_throughput_counts_images_and_no_pixels():
+    timer = StepTimer(skip=0)
+    timing(timer)((32, 98, 98, 3), 2.0)
+    timing(timer)((8, 64), 2.0)
+    told = timer.summary()
+    assert told["examples_per_second"] == 40 / 4
+    assert told["tokens_per_second"] == (32 * 37 + 8 * 64) / 4
 
 
 def test_what_cannot_be_is_said_before_there_is_a_directory(
