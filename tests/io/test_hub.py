@@ -26,7 +26,7 @@ def pretrained(params):
 @pytest.mark.parametrize("scan", [True, False])
 def test_every_weight_has_a_tensor_and_every_tensor_its_weight(scan):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, "f"), fresh(scan))
-    tensors = BERT.to_hf(params)
+    tensors = dict(BERT.to_hf(params))
     paths = set(flatten(params)[0])
     back = {BERT.path(name, scan=scan) for name in tensors}
     assert {path for path, _ in back} == paths
@@ -77,7 +77,7 @@ def test_an_unknown_name_gets_the_nearest_ones():
 def test_saving_and_loading_is_the_identity(folder, original, scan):
     base = load(str(folder), num_classes=7, pooling="pooler", scan=scan)
     again = BERT.to_hf(base.params)
-    wanted = BERT.to_hf(original)
+    wanted = dict(BERT.to_hf(original))
     assert set(again) == set(wanted)
     for name in wanted:
         if not name.startswith("classifier."):
@@ -95,7 +95,7 @@ def test_a_loaded_base_computes_what_the_model_computes(folder, original):
 
 
 def test_kernels_are_transposed_and_layers_kept_apart(folder, original):
-    tensors = BERT.to_hf(original, prefix="")
+    tensors = dict(BERT.to_hf(original, prefix=""))
     ours = original["encoder"]["layer"]["mlp"]["up"]["kernel"]
     theirs = tensors["encoder.layer.2.intermediate.dense.weight"]
     assert theirs.shape == (SPEC.d_ff, SPEC.d_model)
@@ -138,7 +138,7 @@ def test_half_precision_weights_become_float32(tmp_path, original):
 
 
 def test_what_is_not_used_is_recorded_with_its_reason(tmp_path, original):
-    tensors = BERT.to_hf(original)
+    tensors = dict(BERT.to_hf(original))
     tensors["bert.embeddings.position_ids"] = np.arange(SPEC.max_positions)
     tensors["cls.predictions.bias"] = np.zeros(3, np.float32)
     base = load(str(write(tmp_path / "extra", tensors)), num_classes=2)
@@ -155,7 +155,7 @@ def test_what_is_not_used_is_recorded_with_its_reason(tmp_path, original):
 
 
 def test_misfits_are_listed_both_ways_and_not_without_end(tmp_path, original):
-    tensors = BERT.to_hf(original)
+    tensors = dict(BERT.to_hf(original))
     del tensors["bert.embeddings.word_embeddings.weight"]
     extra = {
         f"adapter.{index:02}.weight": np.zeros(1, np.float32) for index in range(25)
@@ -184,7 +184,7 @@ def test_a_pooler_that_is_wanted_and_absent_is_missed(tmp_path, original):
 
 
 def test_a_wrong_shape_names_tensor_and_both_shapes(tmp_path, original):
-    tensors = BERT.to_hf(original)
+    tensors = dict(BERT.to_hf(original))
     name = "bert.encoder.layer.1.intermediate.dense.weight"
     tensors[name] = np.ascontiguousarray(tensors[name].T)
     with pytest.raises(BadInput, match=r"layer\.1.*\(24, 40\).*\(40, 24\)"):
@@ -192,7 +192,7 @@ def test_a_wrong_shape_names_tensor_and_both_shapes(tmp_path, original):
 
 
 def test_one_tensor_under_two_names_is_refused(tmp_path, original):
-    tensors = BERT.to_hf(original)
+    tensors = dict(BERT.to_hf(original))
     name = "embeddings.LayerNorm.bias"
     tensors[name] = tensors[f"bert.{name}"]
     with pytest.raises(BadInput, match="twice"):
@@ -214,11 +214,11 @@ def test_the_fingerprint_is_that_of_the_pretrained_weights_alone(
         str(folder), num_classes=9, scan=False, remat="full", dtype="bfloat16"
     )
     assert first.fingerprint == second.fingerprint
-    tensors = BERT.to_hf(original)
+    tensors = dict(BERT.to_hf(original))
     tensors["bert.encoder.layer.2.output.dense.bias"][3] += 1e-3
     changed = load(str(write(tmp_path / "changed", tensors)), num_classes=2)
     assert changed.fingerprint != first.fingerprint
-    swapped = BERT.to_hf(original)
+    swapped = dict(BERT.to_hf(original))
     one, two = (f"bert.encoder.layer.{index}.output.dense.bias" for index in (0, 1))
     swapped[one], swapped[two] = swapped[two], swapped[one]
     other = load(str(write(tmp_path / "swapped", swapped)), num_classes=2)
