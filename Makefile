@@ -43,11 +43,11 @@ test: $(VENV)/.made
 	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q --durations 25
 
-# Whole runs, minutes long, of what cheaper tests show in its parts.
+# Whole runs, minutes long, of what cheaper tests show in its parts; SLOW names files.
 test-slow: $(VENV)/.made
 	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q \
-	-m 'slow and not timing and not parity and not faults and not foreign and not gym' --durations 25
+	-m 'slow and not timing and not parity and not faults and not foreign and not gym' --durations 25 $(SLOW)
 
 test-full: $(VENV)/.made
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m 'not parity and not faults and not foreign'

@@ -116,14 +116,16 @@ def test_stopped_in_mid_schedule_it_goes_on_bit_for_bit(fitter, plain, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "importance",
+    ("importance", "basis"),
     [
-        "norm",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("fisher", "activation")),
+        ("norm", "own"),
+        pytest.param("fisher", "own", marks=pytest.mark.slow),
+        pytest.param("fisher", "singular", marks=pytest.mark.slow),
+        pytest.param("activation", "own", marks=pytest.mark.slow),
     ],
 )
-def test_eight_devices_choose_what_one_does(fitter, plain, importance):
-    ranks = Norm(**WINDOW, importance=importance)
+def test_eight_devices_choose_what_one_does(fitter, plain, importance, basis):
+    ranks = Norm(**WINDOW, importance=importance, basis=basis)
     alone = plain[0] if importance == "norm" else fitter(0, ranks=ranks)[0]
     spread, _ = fitter(0, mesh=MeshSpec(data=8), ranks=ranks)
     same_gates(gates(spread), gates(alone))
