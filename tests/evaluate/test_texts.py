@@ -121,8 +121,10 @@ def test_what_does_not_count_may_be_anything_and_what_counts_may_not():
     at = {id(batch): out for batch, out in zip(given, outputs, strict=True)}
     assert np.isfinite(score_tokens(lambda b: at[id(b)], given)[0].terms).all()
     outputs[0]["picked"][:, 0, 0] = -np.inf
-    with pytest.raises(NonFinite, match="not finite"):
-        score_tokens(lambda b: at[id(b)], given)
+    broken = score_tokens(lambda b: at[id(b)], given)[0]
+    for told in (broken.numbers, broken.report):
+        with pytest.raises(NonFinite, match="not finite"):
+            told()
 
 
 def test_a_row_that_is_missing_is_noticed():

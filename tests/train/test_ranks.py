@@ -434,8 +434,8 @@ def test_every_piece_runs_in_the_step_and_keeps_its_budget(allocator):
 def test_who_returns_after_training_is_newborn_again():
     """A component that was trained, died and is opened again has age and moments 0."""
     still = dataclasses.replace(OPTIM, weight_decay=0.0, clip=None)
-    often = {**WINDOW, "every": 1, "measure_every": 1}
-    swaps = Random(**often, selector="swap", start=1.0, schedule="constant", moves=8)
+    often = {**WINDOW, "every": 1, "measure_every": 1, "pool": 1}
+    swaps = Random(**often, selector="swap", start=1.0, schedule="constant", moves=3)
     world, returned = World(swaps, optims=[still]), 0
     lived = {"stack": np.zeros((LAYERS, HELD), bool), "up": np.zeros(HELD, bool)}
     for _, before, after, _ in world.states():
