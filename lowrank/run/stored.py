@@ -23,6 +23,7 @@ from lowrank.io.files import write_atomically
 from lowrank.io.history import RankHistory, read_history
 from lowrank.io.hub import Base
 from lowrank.io.language import Language
+from lowrank.io.safetensors import in_order
 from lowrank.io.view import RecordView, load_record
 from lowrank.run.answering import talk_of
 from lowrank.run.forward import inputs_of
@@ -100,7 +101,7 @@ def write_trained(
     """Writes the trained tree and the dials of one trial, atomically."""
     leaves, _ = flatten({"trained": trained, "dials": dials})
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-    text = save(arrays, {"schema": TRAINED_SCHEMA, **metadata})
+    text = in_order(save(arrays, {"schema": TRAINED_SCHEMA, **metadata}))
     write_atomically(directory / TRAINED, lambda file: file.write(text))
 
 

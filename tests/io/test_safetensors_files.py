@@ -6,10 +6,11 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import save, save_file
 
 from lowrank.core.errors import BadInput, UnknownName
-from lowrank.io.safetensors import INDEX, SINGLE, Tensors, read_json
+from lowrank.io.safetensors import INDEX, SINGLE, Tensors, in_order, read_json
 
 RNG = np.random.default_rng(0)
 VALUES = {
@@ -174,3 +175,15 @@ def test_json_that_is_missing_or_no_object_is_refused(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff{")
     with pytest.raises(BadInput, match="not readable JSON"):
         read_json(tmp_path / "config.json")
+
+
+def test_equal_tensors_are_equal_files(tmp_path):
+    """The package orders metadata by chance; ours go by name, nothing else moves."""
+    metadata = {name: str(n) for n, name in enumerate("hgfedcba")}
+    files = {in_order(save(VALUES, metadata)) for _ in range(20)}
+    assert len(files) == 1
+    (tmp_path / "one.safetensors").write_bytes(*files)
+    with safe_open(tmp_path / "one.safetensors", "numpy") as stored:
+        assert stored.metadata() == metadata
+        for name, value in VALUES.items():
+            np.testing.assert_array_equal(stored.get_tensor(name), value)
