@@ -81,6 +81,31 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """A folder of a cache, filled by `fill` in a place beside it: whole, or not there.
+
+    Raises:
+      CannotWrite: The cache cannot be written.
+    """
+    cache = folder.parent
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
+        try:
+            fill(partial)
+            try:
+                os.rename(partial, folder)
+            except OSError:
+                # Another process was first.
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise CannotWrite(f"cannot write the cache {cache}: {error}") from error
+    return folder
+
+
 def unfinished_folder(path: Path) -> Path:
     """Makes a folder beside `path`, for what is to be renamed to `path` when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

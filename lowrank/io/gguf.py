@@ -9,9 +9,6 @@ quantized.
 
 import importlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ import numpy as np
 from jaxtyping import Float
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lowrank.core.errors import BadInput, CannotWrite
+from lowrank.core.errors import BadInput
+from lowrank.io.files import cached_folder
 from lowrank.io.safetensors import SINGLE, write_tensors
 
 #: Version of what is written; a part of the folder's name.
@@ -87,26 +85,14 @@ def converted(file: Path, sha256: str, cache: Path) -> Path:
         turned = heads.get(name.split(".")[-2])
         return value if turned is None else halves(value, turned)
 
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
-        try:
-            with open(partial / SINGLE, "wb") as stream:
-                write_tensors(stream, shapes, read)
-            _write(partial / "config.json", config)
-            _write(partial / "tokenizer_config.json", settings)
-            tokenizer.save(str(partial / "tokenizer.json"))
-            try:
-                os.rename(partial, folder)
-            except OSError:
-                # Another process was first.
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise CannotWrite(f"cannot write the cache {cache}: {error}") from error
-    return folder
+    def fill(partial: Path) -> None:
+        with open(partial / SINGLE, "wb") as stream:
+            write_tensors(stream, shapes, read)
+        _write(partial / "config.json", config)
+        _write(partial / "tokenizer_config.json", settings)
+        tokenizer.save(str(partial / "tokenizer.json"))
+
+    return cached_folder(folder, fill)
 
 
 def halves(

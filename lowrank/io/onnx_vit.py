@@ -9,10 +9,7 @@ backbone is left out. Weights are those of the graph, digit by digit.
 
 import importlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lowrank.core.errors import BadInput, CannotWrite
+from lowrank.core.errors import BadInput
+from lowrank.io.files import cached_folder
 from lowrank.io.safetensors import SINGLE
 from lowrank.io.vit import PREPARATION
 
@@ -68,24 +66,13 @@ def converted(file: Path, sha256: str, cache: Path) -> Path:
         raise BadInput(f"{file} is not a readable ONNX file: {error}") from error
     tensors = tensors_of(graph, values, file)
     config = config_of(tensors, file)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
-        try:
-            save_file(tensors, partial / SINGLE, {"format": "pt"})
-            _write(partial / "config.json", config)
-            _write(partial / PREPARATION, IMAGES)
-            try:
-                os.rename(partial, folder)
-            except OSError:
-                # Another process was first.
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise CannotWrite(f"cannot write the cache {cache}: {error}") from error
-    return folder
+
+    def fill(partial: Path) -> None:
+        save_file(tensors, partial / SINGLE, {"format": "pt"})
+        _write(partial / "config.json", config)
+        _write(partial / PREPARATION, IMAGES)
+
+    return cached_folder(folder, fill)
 
 
 def tensors_of(
