@@ -80,7 +80,10 @@ def _by(**fields: Any) -> Callable[[Place, Protocol], Adaptive]:
 
     def make(place: Place, protocol: Protocol) -> Adaptive:
         window = {"begin": protocol.begin, "end": protocol.end, "every": protocol.every}
-        return Adaptive(unit=place.unit, budget=place.budget, **window, **fields)
+        # Nothing is decided by what was measured before the event before.
+        measured = {"measure_every": min(Adaptive.measure_every, protocol.every)}
+        own = {**measured, **fields}
+        return Adaptive(unit=place.unit, budget=place.budget, **window, **own)
 
     return make
 

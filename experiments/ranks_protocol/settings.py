@@ -43,7 +43,7 @@ class RealPart:
     Attributes:
       tasks: Sources of text.
       ranks: Budgets, in components per layer on average.
-      arms, rates, seeds, tuning_seeds, steps, batch_size: See `Protocol`.
+      arms, rates, seeds, tuning_seeds, steps, batch_size, every: See `Protocol`.
       test_rows: Rows of a split that errors are counted on; all, if it has fewer.
     """
 
@@ -55,6 +55,7 @@ class RealPart:
     tuning_seeds: int
     steps: int
     batch_size: int
+    every: int
     test_rows: int
 
 

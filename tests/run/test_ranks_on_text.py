@@ -7,6 +7,7 @@ import pytest
 from tiny_run import SMALL
 
 from experiments.ranks_protocol import real, report, study, tasks, verdicts
+from experiments.ranks_protocol.arms import ARMS, Place
 from experiments.ranks_protocol.real import Real
 from experiments.ranks_protocol.settings import read
 from lowrank.core.errors import BadInput, UnknownName
@@ -18,7 +19,7 @@ WANTED = {
 PART = {
     "tasks": ["words"], "ranks": [2], "arms": ["uniform", "fisher", "retrain"],
     "rates": [0.005, 0.02], "seeds": 2, "tuning_seeds": 1, "steps": 14, "batch_size": 8,
-    "test_rows": 1000,
+    "every": 2, "test_rows": 1000,
 }  # fmt: skip
 
 
@@ -45,6 +46,16 @@ def found(world, tmp_path_factory):
         assert sum(ticks) == study.work(settings)
         results = report.results(done, settings)
     return settings, done, results
+
+
+def test_text_has_events_of_its_own(tmp_path):
+    teachers, text = protocol(tmp_path).parts
+    assert (teachers.every, text.every) == (5, 2)
+    place = Place(None, 8, "components", None, None, 0)
+    chosen = [ARMS["fisher"].allocator(place, part) for part in (teachers, text)]
+    assert [one.every for one in chosen] == [5, 2]
+    # What is measured has to be measured between any two of them.
+    assert [one.measure_every for one in chosen] == [5, 2]
 
 
 @pytest.mark.slow
