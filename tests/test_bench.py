@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny_bench import SETTING, tiny_base
 
 from experiments.bench import __main__ as bench
 from experiments.bench import child, handwritten, ours, peers, products, report
@@ -16,33 +17,12 @@ from experiments.bench.setting import MAPS, Setting, draw_batch
 from lowrank.adapt.rules import Rule, Train
 from lowrank.core.errors import BadInput
 from lowrank.deltas.lora import LoRA
-from lowrank.io.hub import Base
-from lowrank.models.encoder import Classifier, EncoderSpec
 from lowrank.train.losses import cross_entropy
-
-TINY = EncoderSpec(
-    vocab_size=61, d_model=12, num_layers=2, num_heads=3, d_ff=20, max_positions=16
-)
-SETTING = Setting(batch=5, seq=8, rank=2, num_classes=7)
 
 
 @pytest.fixture(scope="module")
 def base():
-    model = Classifier(TINY, SETTING.num_classes)
-    one = {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)}
-    params = model.init(jax.random.key(3), one)["params"]
-    # Far from the fresh 0.02, so that attention and GELU leave their linear range.
-    params = jax.tree.map(lambda p: 15 * p if p.ndim > 1 else p, params)
-    return Base(
-        name="tiny",
-        apply=lambda p, batch: model.apply({"params": p}, batch),
-        features=lambda p, batch: model.apply({"params": p}, batch, method="features"),
-        params=params,
-        tokenizer=None,
-        fingerprint="",
-        max_length=TINY.max_positions,
-        spec=TINY,
-    )
+    return tiny_base()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ over the steps as in a run. Arms take turns in one process.
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -20,9 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.bench import ours
+from experiments.bench.__main__ import describe
 from experiments.bench.report import median_interval
 from experiments.bench.setting import SHAPES, Setting
 from lowrank.allocate.catalogue import CATALOGUE
+from lowrank.core.errors import LowrankError, exit_code
 from lowrank.io import hub
 from lowrank.io.files import write_json_atomically
 
@@ -43,18 +46,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipes = options.recipes.split(",")
     if unknown := {*recipes} - {*CATALOGUE}:
         parser.error(f"unknown recipes {sorted(unknown)}")
+    if options.rounds < 1:
+        parser.error("--rounds is at least 1")
     batch, seq = SHAPES[-1]
     setting = Setting(base=options.base, batch=batch, seq=seq)
-    found = measure(setting, recipes, options.rounds)
+    machine = describe(os.cpu_count() or 1)
+    try:
+        base = hub.load(setting.base, num_classes=setting.num_classes)
+    except LowrankError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return exit_code(error)
+    found = measure(setting, base, recipes, options.rounds)
+    machine["load_after"] = os.getloadavg()[0]
+    found = {"machine": machine, **found}
     show(found, Console(width=100))
     if options.out:
         write_json_atomically(Path(options.out), json.loads(json.dumps(found)))
     return 0
 
 
-def measure(setting: Setting, recipes: Sequence[str], rounds: int) -> dict[str, Any]:
+def measure(
+    setting: Setting, base: hub.Base, recipes: Sequence[str], rounds: int
+) -> dict[str, Any]:
     """Seconds per step of every arm, turn by turn."""
-    base = hub.load(setting.base, num_classes=setting.num_classes)
     rank = setting.rank // 2
     arms = {FULL: ours.lora(setting, base)}
     for name in recipes:

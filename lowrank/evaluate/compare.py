@@ -11,6 +11,9 @@ For seeds 1..n that both arms have, d_i = arm_i - baseline_i, and
                  mean(d) < margin, Holm-adjusted as well
                                      (Schuirmann 1987, doi:10.1007/BF01068419)
 
+Where all differences are equal the t tests are not defined, and signs are flipped
+instead: within the margin, each of the two one-sided tests has p = 2^-n.
+
 With 2 to 5 seeds, as is usual, the exact p cannot fall below 2 / 2^n = 0.5 to 0.0625:
 no test without a distribution can decide there. The t test can, but believes that the
 differences are normal, which so few seeds cannot show. Both figures are given, with
@@ -53,7 +56,8 @@ class Comparison:
       exact_p, exact_floor: The p of sign flips, and the least that so many seeds allow.
       adjusted_p: `p` after Holm's correction; an arm without a test counts as p = 1.
       margin: Differences below it do not matter; None: not stated, so not tested.
-      equivalence_p, adjusted_equivalence_p: Of the two one-sided tests.
+      equivalence_p, adjusted_equivalence_p: Of the two one-sided tests, of t or, as
+        for `p`, of sign flips.
       verdict: "equivalent" if adjusted_equivalence_p < 1 - level, whatever the sign of
         the difference; else "better" or "worse" if adjusted_p < 1 - level; else
         "inconclusive", which is not a finding of equality.
@@ -184,6 +188,10 @@ def _compare(
         # Of more seeds, only so many patterns are looked at.
         floor = max(2.0 ** (1 - len(seeds)), 1 / (MAX_PATTERNS + 1))
         p, test = exact, "sign flips"
+        if margin is not None and difference.method != "t":
+            # Of all patterns only the observed one is as far from either end.
+            near = all(abs(one) < margin for one in differences)
+            equivalence = 2.0 ** -len(seeds) if near else 1.0
     if difference.method == "t":
         test, p = "t", float(distributions.ttest_rel(first, second).pvalue)
         if margin is not None:

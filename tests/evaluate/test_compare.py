@@ -104,8 +104,28 @@ def test_only_seeds_of_both_count_and_the_others_are_named():
 def test_equal_differences_do_not_turn_rounding_into_certainty():
     arms = {"a": {0: 0.1, 1: 0.2, 2: 0.3}, "b": {0: 0.2, 1: 0.3, 2: 0.4}}
     (found,) = compare_arms(arms, "a", margin=0.5)
-    assert (found.test, found.p, found.equivalence_p) == ("sign flips", 0.25, None)
+    assert (found.test, found.p, found.equivalence_p) == ("sign flips", 0.25, 1 / 8)
     assert found.difference.low is None
+
+
+@pytest.mark.parametrize(
+    ("shift", "count", "want"),
+    [
+        (0.0, 3, "inconclusive"), (0.0, 8, "equivalent"), (0.05, 8, "equivalent"),
+        (0.2, 8, "better"), (-0.2, 8, "worse"), (0.2, 3, "inconclusive"),
+    ],
+)  # fmt: skip
+def test_runs_that_come_out_the_same_are_equal_once_they_are_enough(shift, count, want):
+    arms = {"a": {i: 0.1 * i for i in range(count)}}
+    arms["b"] = {seed: value + shift for seed, value in arms["a"].items()}
+    (found,) = compare_arms(arms, "a", margin=0.1)
+    assert (found.test, found.verdict) == ("sign flips", want)
+    shifted = [shift + 0.1] * count
+    one_sided = stats.permutation_test(
+        (np.array(shifted),), np.mean, permutation_type="samples",
+        alternative="greater", n_resamples=np.inf,
+    ).pvalue  # fmt: skip
+    assert found.equivalence_p == (one_sided if abs(shift) < 0.1 else 1.0)
 
 
 @pytest.mark.parametrize(
