@@ -118,6 +118,35 @@ def test_a_budget_of_parameters_is_used_up_to_what_still_fits(seed, budget):
 LAYOUT = layout()
 
 
+@pytest.mark.parametrize("unit", ["components", "parameters"])
+@pytest.mark.parametrize("name", ["proportional", "variance"])
+@settings(deadline=None, max_examples=40)
+@given(SEEDS, st.booleans(), st.data())
+def test_layers_that_share_a_budget_keep_their_bounds(name, unit, seed, ties, data):
+    """B5: whatever layers are worth, some of them nothing; the budget is a ceiling."""
+    values, _ = drawn(seed, LAYOUT, ties)
+    rng = np.random.default_rng(seed)
+    room = ranks_of(LAYOUT, np.ones(LAYOUT.num_components))
+    values = values * rng.integers(0, 2, len(room))[LAYOUT.layer]
+    least = rng.integers(0, room + 1)
+    most = rng.integers(least, room + 1)
+    price = LAYOUT.cost if unit == "parameters" else np.ones_like(room)
+    low, high = int((least * price).sum()), int((most * price).sum())
+    budget = data.draw(st.integers(low, max(low, high)))
+    more = {"threshold": np.float32(0.7)} if name == "variance" else {}
+    found = run(
+        name, LAYOUT, values, np.ones(LAYOUT.num_components), budget, unit,
+        least=least, most=most, **more,
+    )  # fmt: skip
+    ranks = ranks_of(LAYOUT, found)
+    assert (least <= ranks).all()
+    assert (ranks <= most).all()
+    assert (ranks * price).sum() <= budget
+    if name == "proportional":
+        # What is left buys nothing that anybody has room for.
+        assert budget - (ranks * price).sum() < price[ranks < most].min(initial=10**9)
+
+
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, st.integers(1, 24))
 def test_proportional_is_within_one_of_its_quota(seed, budget):
