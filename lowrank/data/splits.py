@@ -149,9 +149,9 @@ def merge(first: Split, second: Split) -> Split:
 def cut(split: Split, share: float, seed: int, what: str) -> tuple[Split, Split]:
     """Cuts `share` off a split, class by class and never through a group.
 
-    The number of rows of a class is rounded up or down by chance, in proportion. No
-    class loses its last row. A group with rows of several classes counts for its most
-    frequent one.
+    The number of rows of a class is rounded up or down by chance, in proportion; if
+    that leaves nothing to cut off, one group goes that can. No class loses its last
+    row. A group with rows of several classes counts for its most frequent one.
 
     Args:
       split: What is cut.
@@ -189,6 +189,14 @@ def cut(split: Split, share: float, seed: int, what: str) -> tuple[Split, Split]
                 moved.update(rows)
                 left.subtract(loss)
                 taken += len(rows)
+    if not moved:
+        spare = lambda rows: all(
+            left[label] > number
+            for label, number in Counter(labels[row] for row in rows).items()
+        )
+        ranked = sorted(members, key=lambda key: _order(seed, what, key))
+        first = (members[key] for key in ranked if spare(members[key]))
+        moved.update(next(first, ()))
     if not moved:
         raise BadInput(
             f"no {what} split can be cut from {len(split)} rows of {len(owned)} "

@@ -5,28 +5,22 @@ logits, so that a metric thought of later needs no second run.
 """
 
 import collections
-import contextlib
 import dataclasses
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Int
-from rich.console import Console
-from rich.progress import Progress
 
 from lowrank.core.errors import BadInput
 from lowrank.evaluate import stats
 from lowrank.evaluate.metrics import STANDARD, Metric, Rows, Tally, WorstClass
+from lowrank.evaluate.progress import bar
 
 #: One evaluation batch -> logits; of a pack, with a leading trials axis.
 Predict = Callable[[Mapping[str, np.ndarray]], Any]
 Batches = Iterable[Mapping[str, np.ndarray]]
-# A bar that appears only to vanish is noise.
-_QUIET_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +275,7 @@ def _collect(predict: Predict, batches: Batches, ndim: int, progress: bool, text
         parts.append((index[real], labels[real], values))
 
     total = len(batches) if isinstance(batches, Sized) else None
-    with _bar(progress, text, total) as advance:
+    with bar(progress, text, total) as advance:
         for batch in batches:
             index, labels = np.asarray(batch["index"]), np.asarray(batch["label"])
             _check_padding(index, np.asarray(batch["weight"]))
@@ -335,27 +329,3 @@ def _assemble(index, labels, logits, classes, groups, num_rows) -> Predictions:
     return Predictions(
         index[order], logits[order], labels[order], tuple(classes), grouped
     )
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool, text: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr that shows up once the work proves long."""
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda: None
-        return
-    bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task(text, total=total)
-    began, shown = time.monotonic(), False
-
-    def advance() -> None:
-        nonlocal shown
-        bar.advance(task)
-        if not shown and time.monotonic() - began > _QUIET_SECONDS:
-            bar.start()
-            shown = True
-
-    try:
-        yield advance
-    finally:
-        if shown:
-            bar.stop()

@@ -4,7 +4,7 @@ Kept are sums of every row, so that intervals and comparisons read no token agai
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Float64
 
 from lowrank.core.errors import BadInput, NonFinite
 from lowrank.evaluate import stats
+from lowrank.evaluate.progress import bar
 
 #: One batch -> "picked" and "correct" of every place, trials first.
 Predict = Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
@@ -87,7 +88,10 @@ def _loss(sums: Any, whole: Any) -> Any:
 
 
 def score_tokens(
-    predict: Predict, batches: Iterable[Mapping[str, np.ndarray]]
+    predict: Predict,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    progress: bool = False,
+    text: str = "Evaluation",
 ) -> list[TokenSums]:
     """Sums of every row of a split, one result per trial.
 
@@ -95,28 +99,33 @@ def score_tokens(
       predict: The model; may return before the device is done.
       batches: With "weight" of every place and "index", the number of every row, -1
         for filling.
+      progress: Whether to show a bar; see `evaluate.progress`.
+      text: What the bar says.
 
     Raises:
       BadInput: A row is missing or comes twice.
     """
     index, rows = [], []
-    for batch in batches:
-        scores = jax.device_get(predict(batch))
-        weight = np.asarray(batch["weight"], np.float64)
-        # Where nothing counts there may stand anything.
-        told = lambda name, s=scores, w=weight: np.where(w > 0, s[name], 0.0)
-        picked, correct = told("picked"), told("correct")
-        real = batch["index"] >= 0
-        sums = np.stack(
-            [
-                -(picked * weight).sum(axis=-1),
-                np.broadcast_to(weight.sum(axis=-1), picked.shape[:-1]),
-                (correct * weight).sum(axis=-1),
-            ],
-            axis=-1,
-        )
-        index.append(np.asarray(batch["index"])[real])
-        rows.append(sums[:, real])
+    total = len(batches) if isinstance(batches, Sized) else None
+    with bar(progress, text, total) as advance:
+        for batch in batches:
+            scores = jax.device_get(predict(batch))
+            weight = np.asarray(batch["weight"], np.float64)
+            # Where nothing counts there may stand anything.
+            told = lambda name, s=scores, w=weight: np.where(w > 0, s[name], 0.0)
+            picked, correct = told("picked"), told("correct")
+            real = batch["index"] >= 0
+            sums = np.stack(
+                [
+                    -(picked * weight).sum(axis=-1),
+                    np.broadcast_to(weight.sum(axis=-1), picked.shape[:-1]),
+                    (correct * weight).sum(axis=-1),
+                ],
+                axis=-1,
+            )
+            index.append(np.asarray(batch["index"])[real])
+            rows.append(sums[:, real])
+            advance()
     order = np.concatenate(index)
     if not np.array_equal(np.sort(order), np.arange(len(order))):
         raise BadInput("an evaluation runs over every row of a split exactly once")

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.core.errors import BadInput
 from lowrank.data.answers import AnswerTask
 from lowrank.data.talk import Talk
 from lowrank.evaluate import texts
@@ -38,11 +37,13 @@ class Answering(LanguageProblem):
     task: AnswerTask
     talk: Talk
 
-    def speaker(self, split: str, tokens: int, together: int) -> Speaker:
-        """Puts the questions of a split; see `run.saying`."""
+    def speaker(
+        self, split: str, tokens: int, together: int, **options: Any
+    ) -> Speaker:
+        """Puts the questions of a split; see `run.saying` for options."""
         questions = self.task.splits[split].questions
         return Speaker(
-            self.base, self.talk, questions, tokens=tokens, together=together
+            self.base, self.talk, questions, tokens=tokens, together=together, **options
         )
 
     def compared(self, split: str, said: Said, **options: Any) -> dict[str, Any]:
@@ -75,8 +76,6 @@ def load_answering(settings: Settings) -> Answering:
       BadInput: Anything is missing, damaged or does not fit.
     """
     task = _task(settings)
-    if "train" not in task.splits:
-        raise BadInput(f"task {task.name!r} has no train split")
     return _answering(settings, open_language(settings.base, settings.run.cache), task)
 
 

@@ -158,8 +158,7 @@ class Choosing(LanguageProblem):
         return self.task.splits[split].ids
 
     def score(self, split: str, predict: Predict, progress: bool) -> list[Any]:
-        del progress
-        found = score_tokens(predict, self.evaluation(split))
+        found = score_tokens(predict, self.evaluation(split), progress)
         groups, layout = self.task.splits[split].groups, self.layouts[split]
         return [Chosen(layout.terms(one), groups) for one in found]
 

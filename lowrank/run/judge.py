@@ -94,7 +94,11 @@ def judge(
     data: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores a run on a split of its own data, or of `data` (a data group)."""
+    """Scores a run on a split of its own data, or of `data` (a data group).
+
+    Rows are cut and grouped as in training, whatever `data.batching` of the other data
+    says: a score belongs to the length that the run was trained at.
+    """
     settings = dataclasses.replace(run.settings, evaluate=evaluation)
     check_evaluation(evaluation, settings.data.kind)
     if data is not None and not isinstance(data, Mapping):
@@ -120,7 +124,7 @@ def judge(
     options = {"resamples": evaluation.resamples, "level": evaluation.level}
     found = scored.report(**options)
     if isinstance(problem, Answering) and evaluation.answers:
-        said = _said(run, problem, split, evaluation, merged)
+        said = _said(run, problem, split, evaluation, merged, progress)
         found["metrics"] |= problem.compared(split, said, **options)
     scores = {split: found}
     if isinstance(problem, LanguageProblem) and (kept := problem.kept(predict)):
@@ -134,10 +138,17 @@ def judge(
 
 
 def _said(
-    run: Run, problem: Answering, split: str, evaluation: Evaluation, merged: bool
+    run: Run,
+    problem: Answering,
+    split: str,
+    evaluation: Evaluation,
+    merged: bool,
+    progress: bool,
 ) -> Said:
     assert evaluation.answers is not None
-    speaker = problem.speaker(split, evaluation.answers, evaluation.batch_size)
+    speaker = problem.speaker(
+        split, evaluation.answers, evaluation.batch_size, progress=progress
+    )
     adapted, frozen = run.adapted, run.adapted.frozen()
     if merged:
         return speaker.merged(adapted.merge(frozen, run.trained, run.dials))

@@ -181,8 +181,7 @@ class LanguageProblem:
         return self.splits[split].ids
 
     def score(self, split: str, predict: Predict, progress: bool) -> list[Likelihood]:
-        del progress
-        return self._scored(self.splits[split], predict)
+        return self._scored(self.splits[split], predict, progress)
 
     def kept(self, predict: Predict) -> list[Kept] | None:
         """How likely every trial still finds what the base knew; None: not asked."""
@@ -218,8 +217,10 @@ class LanguageProblem:
         rows = one_by_one(own.spoken, self.base.spec.pad_id)
         return eval_rows(rows, self.settings.evaluate.batch_size)
 
-    def _scored(self, own: Windows, predict: Predict) -> list[Likelihood]:
-        found = score_tokens(predict, self._one_by_one(own))
+    def _scored(
+        self, own: Windows, predict: Predict, progress: bool = False
+    ) -> list[Likelihood]:
+        found = score_tokens(predict, self._one_by_one(own), progress)
         return [Likelihood(one, own.groups) for one in found]
 
 

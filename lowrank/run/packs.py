@@ -296,7 +296,7 @@ def _train(
     # Promise M1: the base is never changed.
     if fingerprint(fitted.frozen) != before:
         raise Corrupt("the frozen base changed during the run; please report this")
-    results = Results(prepared, fitted)
+    results = Results(prepared, fitted, watchdog.alive)
     outcomes = []
     for number, (record, watch) in enumerate(zip(records, watches, strict=True)):
         watchdog.alive(f"judging trial {number}")

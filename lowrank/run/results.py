@@ -1,6 +1,6 @@
 """What a trained pack is worth: scores, costs and the result of each trial."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,20 @@ from lowrank.run.saying import Said
 class Results:
     """The results of a pack's trials; what they share is computed once."""
 
-    def __init__(self, prepared: PreparedPack, fitted: Fit):
+    def __init__(
+        self,
+        prepared: PreparedPack,
+        fitted: Fit,
+        alive: Callable[[str], None] = lambda doing: None,
+    ):
+        """Begins without any result.
+
+        Args:
+          prepared: The trials.
+          fitted: What became of them.
+          alive: Told of every batch; see `train.watchdog.Watchdog.alive`.
+        """
+        self._alive = alive
         self._prepared = prepared
         self._fitted = fitted
         self._ledgers = Ledgers(prepared.batches, fitted)
@@ -115,6 +128,7 @@ class Results:
         return self._known
 
     def _predict(self, batch: Mapping[str, Any]) -> Any:
+        self._alive("scoring")
         fitted = self._fitted
         return fitted.forward(fitted.chosen, fitted.state.dials, batch)
 
@@ -126,7 +140,11 @@ class Results:
             # The keys of all trials are held at once.
             together = max(wanted.batch_size // len(fitted.ended), 1)
             self._answers[name] = problem.speaker(
-                name, wanted.answers, together
+                name,
+                wanted.answers,
+                together,
+                progress=self._prepared.trials[0].settings.run.progress,
+                alive=lambda: self._alive("answering"),
             ).unmerged(fitted.adapted, fitted.frozen, fitted.chosen, fitted.state.dials)
         return self._answers[name]
 

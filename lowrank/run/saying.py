@@ -18,6 +18,7 @@ from lowrank.adapt.attach import Adapted
 from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.core.errors import BadInput
 from lowrank.data.talk import Talk
+from lowrank.evaluate.progress import bar
 from lowrank.io.language import Language
 from lowrank.models.generation import Choose, generate, greedy
 
@@ -49,6 +50,8 @@ class Speaker:
         together: int = 32,
         choose: Choose = greedy,
         seed: int = 0,
+        progress: bool = False,
+        alive: Callable[[], None] = lambda: None,
     ):
         """Reads the questions.
 
@@ -60,6 +63,8 @@ class Speaker:
           together: Questions that are answered at once.
           choose: How tokens are chosen; see `models.generation`.
           seed: Of choices that draw.
+          progress: Whether to show a bar; see `evaluate.progress`.
+          alive: Told of every batch of answers.
 
         Raises:
           BadInput: There is nothing to say, or no room for it.
@@ -80,6 +85,7 @@ class Speaker:
                 "for; leave the question out, or allow shorter answers"
             )
         self._choose, self._key = choose, jax.random.key(seed)
+        self._progress, self._alive = progress, alive
 
     def merged(self, params: Any) -> Said:
         """The answers of one model, given by its weights."""
@@ -139,20 +145,24 @@ class Speaker:
     def _say(self, answer: Callable[..., tuple]) -> list[Said]:
         texts: list[list[str]] = []
         tokens, seconds = 0, 0.0
-        for first in range(0, len(self._prompts), self._together):
-            own = self._prompts[first : first + self._together]
-            began = time.perf_counter()
-            key = jax.random.fold_in(self._key, first)
-            found = answer(self._padded(own), key)
-            ids, real = (np.asarray(x)[:, : len(own)] for x in found)
-            if first:
-                # The first one compiles.
-                seconds += time.perf_counter() - began
-                tokens += int(real.sum())
-            texts = texts or [[] for _ in ids]
-            for trial, said in enumerate(texts):
-                rows = zip(ids[trial], real[trial], strict=True)
-                said += [self._talk.text(row[kept]) for row, kept in rows]
+        firsts = range(0, len(self._prompts), self._together)
+        with bar(self._progress, "Answers", len(firsts)) as advance:
+            for first in firsts:
+                own = self._prompts[first : first + self._together]
+                began = time.perf_counter()
+                key = jax.random.fold_in(self._key, first)
+                found = answer(self._padded(own), key)
+                ids, real = (np.asarray(x)[:, : len(own)] for x in found)
+                if first:
+                    # The first one compiles.
+                    seconds += time.perf_counter() - began
+                    tokens += int(real.sum())
+                texts = texts or [[] for _ in ids]
+                for trial, said in enumerate(texts):
+                    rows = zip(ids[trial], real[trial], strict=True)
+                    said += [self._talk.text(row[kept]) for row, kept in rows]
+                self._alive()
+                advance()
         speed = tokens / seconds if seconds else None
         return [Said(tuple(said), speed) for said in texts]
 

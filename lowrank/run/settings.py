@@ -194,6 +194,7 @@ def read(config: Mapping[str, Any]) -> Settings:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
         raise BadInput(f"seed must be a whole number from 0 to 2**31 - 1, not {seed!r}")
     source = build(data, DATA, "data")
+    _check_kind(source, data["name"])
     settings = Settings(
         base=plain(BaseSpec, _group(config, "base"), "base"),
         data=source,
@@ -251,6 +252,15 @@ def read(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def _check_kind(source: Any, name: str) -> None:
+    if getattr(source, "kind", None) not in BATCHINGS:
+        raise BadInput(
+            f"data={name} is of the kind {getattr(source, 'kind', None)!r}: the class "
+            f"{type(source).__name__} must say in `kind` which of "
+            f"{', '.join(BATCHINGS)} it gives"
+        )
+
+
 def _check_start(settings: Settings) -> None:
     if not isinstance(settings.start, str) or not settings.start:
         raise BadInput(
@@ -300,6 +310,9 @@ def _told(name: str, group: Any) -> Any:
         # Named as it was before there were pairs.
         told.pop("pair", None)
     if name == "evaluate":
+        # Rows that are looked at together: who lowers it for lack of memory after
+        # training goes on with the same trial.
+        told["batch_size"] = Evaluation.batch_size
         # Named as it was before models said anything.
         for later in ("answers", "known"):
             if told.get(later) is None:

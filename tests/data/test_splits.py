@@ -60,6 +60,21 @@ def test_a_cut_of_many_small_classes_has_the_share_asked_for():
     assert 0.12 <= len(part) / 1200 <= 0.18
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_however_few_rows_there_are_a_cut_is_one_if_any_can_go(seed):
+    """Five documents with a share of a tenth: by chance alone, nothing would go."""
+    ids = tuple(f"d{number}" for number in range(5))
+    groups = ("a", "a", "b", "c", "d")
+    texts = Split(ids, ids, np.zeros(5, np.int32), groups)
+    rest, part = cut(texts, 0.01, seed, "validation")
+    assert len(part) >= 1
+    assert sorted((*rest.ids, *part.ids)) == sorted(ids)
+    assert not {*rest.groups} & {*part.groups}
+    alone = Split(ids[:2], ids[:2], np.zeros(2, np.int32), ("a", "a"))
+    with pytest.raises(BadInput, match="from 2 rows"):
+        cut(alone, 0.5, seed, "validation")
+
+
 def test_a_cut_depends_on_the_seed_and_on_ids_not_on_the_order():
     whole = split_of([n % 3 for n in range(90)])
     turned = whole.take(range(89, -1, -1))

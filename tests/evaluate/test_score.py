@@ -1,13 +1,13 @@
 """Scoring visits every row once, and reports are JSON."""
 
 import json
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lowrank.core.errors import BadInput, NonFinite
+from lowrank.evaluate import progress
 from lowrank.evaluate.score import (
     Predictions,
     compare,
@@ -222,13 +222,11 @@ def test_a_bar_shows_on_a_terminal_when_the_work_is_long(monkeypatch):
         def __getattr__(self, name):
             return lambda *args, **kwargs: self.events.append(name)
 
-    # The room offers a function of the module's name, so that a dotted path is not it.
-    module = sys.modules[Predictions.__module__]
-    monkeypatch.setattr(module, "Progress", Bar)
+    monkeypatch.setattr(progress, "Progress", Bar)
     score(predict, batches(), CLASSES)
     assert "start" not in made[0].events
     assert made[0].events.count("advance") == 7
-    monkeypatch.setattr(module, "_QUIET_SECONDS", -1.0)
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", -1.0)
     score(predict, batches(), CLASSES)
     assert made[1].events.count("start") == made[1].events.count("stop") == 1
     score(predict, batches(), CLASSES, progress=False)

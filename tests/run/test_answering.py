@@ -213,7 +213,12 @@ def test_answers_do_not_depend_on_where_corrections_are(config):
     questions = problem.task.splits["test"].questions
     speaker = Speaker(problem.base, talk_of(problem.base), questions, tokens=8,
                       together=3)  # fmt: skip
-    both = speaker.unmerged(together, frozen, stack(*drawn), stack(*dials))
+    heard = []
+    watched = Speaker(problem.base, talk_of(problem.base), questions, tokens=8,
+                      together=3, alive=lambda: heard.append(1))  # fmt: skip
+    both = watched.unmerged(together, frozen, stack(*drawn), stack(*dials))
+    # A watchdog hears of every batch: answers may take hours.
+    assert len(heard) == -(-len(questions) // 3)
     for own, dial, said in zip(drawn, dials, both, strict=True):
         alone = speaker.merged(together.merge(frozen, own, dial))
         assert alone.texts == said.texts

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from tiny_run import SMALL, composed, write_table
 
-from lowrank.core.errors import BAD_INPUT, CANNOT_WRITE, CORRUPT, PREEMPTED
+from lowrank.core.errors import BAD_INPUT, CANNOT_WRITE, CORRUPT, PREEMPTED, BadInput
+from lowrank.core.spec import spec
+from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.io.files import Lock
 from lowrank.run.door import named_bases
 from lowrank.run.settings import read
@@ -204,6 +206,16 @@ def test_plugins_are_imported_before_anything_else(world, tmp_path, monkeypatch)
 
         CATALOGUE.pop("mine", None)
         sys.modules.pop("my_plugin", None)
+
+
+def test_data_that_do_not_say_their_kind_are_refused(world, monkeypatch):
+    @spec
+    class Mine:
+        path: str = ""
+
+    monkeypatch.setitem(DATA, "mine", Mine)
+    with pytest.raises(BadInput, match=r"data=mine is of the kind None.*Mine.*classes"):
+        read({**world.config(), "data": {"name": "mine"}})
 
 
 @pytest.mark.slow

@@ -314,10 +314,11 @@ def test_trial_ids_follow_the_science_alone(world):
     same = [
         "run.root=elsewhere", "track.project=other", "mesh.data=2", "run.force=true",
         "loop.stop_after=3", "base.name=other", "run.progress=false",
+        "evaluate.batch_size=8",
     ]  # fmt: skip
     other = [
         "seed=1", "delta.rank=3", "optim.lr=0.1", "data.seed=2", "loop.patience=3",
-        "evaluate.batch_size=8", "base.pooling=cls", "non_finite.limit=2",
+        "evaluate.resamples=9", "base.pooling=cls", "non_finite.limit=2",
         "penalty.drift=0.1", "penalty=cap", "delta.rank_dropout=0.1",
     ]  # fmt: skip
     trial = read(world.config()).trial_id
