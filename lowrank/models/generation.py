@@ -1,6 +1,6 @@
 """Text token by token: a prompt is read once, then every token with a cache of keys.
 
-A way to choose is a function (logits, key) -> tokens: `greedy`, or what `sampling`
+A way to choose is a function (logits, keys) -> tokens: `greedy`, or what `sampling`
 returns. Everything is traced: one program for any prompts of a shape, and under `vmap`
 for the trials of a pack.
 """
@@ -10,19 +10,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lowrank.core.errors import BadInput
 from lowrank.models.decoder import Cache
 
 #: (batch, cache) -> logits of every token, and the cache with them.
 Read = Callable[[Mapping[str, Any], Cache], tuple[Array, Cache]]
-Choose = Callable[[Float[Array, "batch vocab"], Array], Int[Array, " batch"]]
+#: (logits, a key per row) -> tokens.
+Choose = Callable[
+    [Float[Array, "batch vocab"], Key[Array, " batch"]], Int[Array, " batch"]
+]
 
 
-def greedy(logits: Float[Array, "batch vocab"], key: Array) -> Int[Array, " batch"]:
+def greedy(
+    logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"]
+) -> Int[Array, " batch"]:
     """The likeliest token; of equal ones the first."""
-    del key
+    del keys
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
@@ -52,7 +57,9 @@ def sampling(
     if top_p is not None and not 0 < top_p <= 1:
         raise BadInput(f"top_p = {top_p} must be above 0 and at most 1, or None")
 
-    def choose(logits: Float[Array, "batch vocab"], key: Array) -> Int[Array, " batch"]:
+    def choose(
+        logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"]
+    ) -> Int[Array, " batch"]:
         logits = logits / temperature
         if top_k is not None and top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -63,7 +70,8 @@ def sampling(
             before = jnp.cumsum(likely, axis=-1) - likely
             least = jnp.where(before < top_p, ranked, jnp.inf).min(-1, keepdims=True)
             logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(key, logits).astype(jnp.int32)
+        # By rows: who else is answered at the same time decides nothing.
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
     return choose
 
@@ -77,7 +85,7 @@ def generate(
     end: Int[Array, " ends"],
     pad: int,
     choose: Choose = greedy,
-    key: Array | None = None,
+    key: Key[Array, "*rows"] | None = None,
 ) -> tuple[Int[Array, "batch steps"], Bool[Array, "batch steps"]]:
     """Goes on where prompts end, until every row has ended or `steps` are done.
 
@@ -89,12 +97,13 @@ def generate(
       end: Tokens that end a row.
       pad: Stands where a row has ended.
       choose: How tokens are chosen.
-      key: For choices that draw.
+      key: For choices that draw: one, or one per row.
 
     Returns:
       Tokens, the ending one among them, and which of them are real.
     """
     key = jax.random.key(0) if key is None else key
+    fold = jax.random.fold_in
     prompts = {name: jnp.asarray(x) for name, x in prompts.items()}
     mask = prompts["mask"]
     batch, seq = mask.shape
@@ -103,6 +112,7 @@ def generate(
             f"a cache of {places} places does not hold prompts of {seq} and {steps} "
             f"tokens more; make one of {seq + steps}"
         )
+    keys = key if key.ndim else jax.vmap(fold, (None, 0))(key, jnp.arange(batch))
     logits, cache = read(prompts, cache)
     # The last real token, whichever side the padding is on.
     last = seq - 1 - jnp.argmax(mask[:, ::-1], axis=1)
@@ -114,7 +124,7 @@ def generate(
 
     def step(state: tuple) -> tuple:
         number, logits, ended, cache, ids, real = state
-        chosen = choose(logits, jax.random.fold_in(key, number))
+        chosen = choose(logits, jax.vmap(fold, (0, None))(keys, number))
         chosen = jnp.where(ended, pad, chosen)
         ids = ids.at[:, number].set(chosen)
         real = real.at[:, number].set(~ended)

@@ -147,7 +147,11 @@ def _said(
 ) -> Said:
     assert evaluation.answers is not None
     speaker = problem.speaker(
-        split, evaluation.answers, evaluation.batch_size, progress=progress
+        split,
+        evaluation.answers,
+        evaluation.batch_size,
+        choose=evaluation.choose(),
+        progress=progress,
     )
     adapted, frozen = run.adapted, run.adapted.frozen()
     if merged:

@@ -143,6 +143,7 @@ class Results:
                 name,
                 wanted.answers,
                 together,
+                choose=wanted.choose(),
                 progress=self._prepared.trials[0].settings.run.progress,
                 alive=lambda: self._alive("answering"),
             ).unmerged(fitted.adapted, fitted.frozen, fitted.chosen, fitted.state.dials)

@@ -150,8 +150,9 @@ class Speaker:
             for first in firsts:
                 own = self._prompts[first : first + self._together]
                 began = time.perf_counter()
-                key = jax.random.fold_in(self._key, first)
-                found = answer(self._padded(own), key)
+                rows = jnp.arange(first, first + self._together)
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(self._key, rows)
+                found = answer(self._padded(own), keys)
                 ids, real = (np.asarray(x)[:, : len(own)] for x in found)
                 if first:
                     # The first one compiles.

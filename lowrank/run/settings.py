@@ -314,7 +314,7 @@ def _told(name: str, group: Any) -> Any:
         # training goes on with the same trial.
         told["batch_size"] = Evaluation.batch_size
         # Named as it was before models said anything.
-        for later in ("answers", "known"):
+        for later in ("answers", "known", "temperature", "top_k", "top_p"):
             if told.get(later) is None:
                 told.pop(later, None)
     if name == "optim":

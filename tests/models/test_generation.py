@@ -49,7 +49,8 @@ def by_hand(params, own, steps=STEPS):
 
 def run(params, prompts, end=(), **more):
     read = lambda batch, cache: MODEL.apply(params, batch, cache, method="read")
-    cache = empty_cache(SPEC, 3, prompts["ids"].shape[1] + STEPS)
+    rows, seq = prompts["ids"].shape
+    cache = empty_cache(SPEC, rows, seq + STEPS)
     ends = jnp.array(end, jnp.int32)
     return generate(read, prompts, cache, steps=STEPS, end=ends, pad=0, **more)
 
@@ -89,6 +90,19 @@ def test_draws_depend_on_the_key_alone(params):
     assert draw(1) != draw(2)
 
 
+def test_what_a_row_draws_does_not_depend_on_its_neighbours(params):
+    """With keys of their own; two rows alike with one key draw differently."""
+    prompts, keys = padded(), jax.random.split(jax.random.key(3), 3)
+    draw = jax.jit(lambda own, key: run(params, own, choose=sampling(2.0), key=key)[0])
+    own = lambda rows: {name: x[rows] for name, x in prompts.items()}
+    drawn = lambda rows: draw(own(rows), keys[rows]).tolist()
+    together = drawn(jnp.arange(3))
+    assert [drawn(jnp.array([row]))[0] for row in range(3)] == together
+    twice = {n: jnp.repeat(x[:1], 2, axis=0) for n, x in prompts.items()}
+    first, second = draw(twice, keys[0]).tolist()
+    assert first != second
+
+
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
@@ -107,7 +121,7 @@ def test_draws_have_the_distribution_that_was_asked_for(options, kept):
     logits = jnp.log(jnp.asarray(p, jnp.float32))[None]
     choose = sampling(**options)
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = jax.vmap(lambda key: choose(logits, key)[0])(keys)
+    drawn = choose(jnp.repeat(logits, len(keys), axis=0), keys)
     found = np.bincount(drawn, minlength=4) / len(keys)
     # Five standard errors.
     np.testing.assert_allclose(found, want, atol=5 * 0.5 / np.sqrt(len(keys)))
@@ -116,7 +130,7 @@ def test_draws_have_the_distribution_that_was_asked_for(options, kept):
 
 def test_the_likeliest_token():
     logits = jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
-    assert greedy(logits, jax.random.key(0)).tolist() == [1, 0]
+    assert greedy(logits, jax.random.split(jax.random.key(0))).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

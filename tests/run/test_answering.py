@@ -12,6 +12,7 @@ from tiny_run import composed
 from lowrank.core.errors import BadInput, Preempted
 from lowrank.io.language import load
 from lowrank.io.peft import read_adapter
+from lowrank.models.generation import sampling
 from lowrank.run.answering import talk_of
 from lowrank.run.judge import judge
 from lowrank.run.packs import run_pack
@@ -226,6 +227,15 @@ def test_answers_do_not_depend_on_where_corrections_are(config):
     assert both[0].texts != both[1].texts
     base = speaker.merged(problem.base.params)
     assert base.texts != both[0].texts
+    # Drawn ones as well: a question's draws are its own.
+    draws = lambda count: Speaker(
+        problem.base, talk_of(problem.base), questions, tokens=8, together=count,
+        choose=sampling(1.5),
+    )  # fmt: skip
+    many = draws(3).unmerged(together, frozen, stack(*drawn), stack(*dials))
+    few = draws(2).merged(together.merge(frozen, drawn[1], dials[1]))
+    assert many[1].texts == few.texts
+    assert many[1].texts != both[1].texts
 
 
 @pytest.mark.parametrize(
@@ -237,6 +247,9 @@ def test_answers_do_not_depend_on_where_corrections_are(config):
         (["base.pooling=cls"], "is for encoders"),
         (["evaluate.answers=0"], "at least 1"),
         (["evaluate.answers=40"], "more than 64"),
+        (["evaluate.top_k=3"], "give evaluate.temperature"),
+        (["evaluate.temperature=0"], "evaluate.temperature = 0.* must be positive"),
+        (["evaluate.temperature=1.0", "evaluate.answers=null"], "nothing is said"),
         (["loop.select=macro_f1"], "no number about tokens"),
         (["data.train_rows=0"], "data.train_rows must be at least 1"),
         (["data.batching.buckets=[8]"], "buckets"),
