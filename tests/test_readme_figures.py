@@ -1,0 +1,146 @@
+"""Figures in the README are those of the committed results, rounded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.bench.report import median_interval
+from lowrank.evaluate.stats import over_seeds
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+#: Lines break anywhere.
+README = " ".join((ROOT / "README.md").read_text().split())
+
+
+def results(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def zeroed(number, digits=2, sign=""):
+    """A rounded number, of which zero has no sign."""
+    text = f"{number:{sign}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
+def ratio(found, digits=2):
+    """A median with its interval."""
+    one = lambda name: zeroed(found[name], digits)
+    return f"{one('median')} [{one('low')}, {one('high')}]"
+
+
+def interval(found, digits=2, scale=1.0, sign="+"):
+    """An estimate with its ends, of which only the former says plus."""
+    ends = (zeroed(scale * found[name], digits) for name in ("low", "high"))
+    middle = zeroed(scale * found["estimate"], digits, sign)
+    return f"{middle} [{', '.join(ends)}]"
+
+
+@pytest.fixture(scope="module")
+def study():
+    return results("ranks_protocol_standard")
+
+
+def row_of(study, task, arm):
+    (row,) = (row for row in study["tasks"][task]["rows"] if row["arm"] == arm)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("heterogeneous", "layers need different ranks"),
+        ("homogeneous", "all need the same (nothing to gain)"),
+        ("anisotropic", "inputs of unequal variance"),
+        ("decaying", "spectra that decay"),
+        ("unequal", "weights of unequal shapes"),
+    ],
+)
+def test_teachers(study, task, name):
+    of = lambda arm: row_of(study, task, arm)["ratio"]["difference"]
+    told = lambda arm: interval(of(arm))
+    oracle = "0" if task == "homogeneous" else zeroed(of("oracle")["estimate"])
+    blind = told("random")
+    if task != "heterogeneous":
+        blind = blind.partition(" ")[0]
+    cells = (
+        name, oracle, told("fisher"), told("sensitivity"),
+        f"{told('fisher-own')}, {told('sensitivity-own')}", blind,
+    )  # fmt: skip
+    assert f"| {' | '.join(cells)} |" in README
+
+
+def test_what_was_wanted_is_met_as_is_said(study):
+    assert "all that was wanted beforehand is met" in README
+    of_basis = [one for one in study["outcomes"] if not one["arm"].endswith("-own")]
+    assert {one["answer"] for one in of_basis} == {"met"}
+    assert f"{study['protocol']['seeds']} seeds, every arm tuned alike on" in README
+    assert f"on {study['protocol']['tuning_seeds']} others" in README
+
+
+def test_how_many_rates_lie_at_an_end(study):
+    """Of the teachers, where the grid is one."""
+    teachers = [own for own in study["tasks"].values() if not own["in_points"]]
+    rows = [row for own in teachers for row in own["rows"]]
+    ends = [row for row in rows if row["at_end"]]
+    largest = max(study["protocol"]["rates"])
+    highest = sum(row["rate"] == largest for row in ends)
+    said = (
+        f"{len(ends)} of {len(rows)} arms chose a learning rate at an end of the grid"
+    )
+    assert f"{said}, {highest} the largest" in README
+
+
+def test_what_is_said_of_text(study):
+    """Nothing is called a difference that correction does not leave one."""
+    rows = [
+        row
+        for own in study["tasks"].values()
+        if own["in_points"]
+        for row in own["rows"]
+        if row["ratio"]
+    ]
+    assert rows
+    decided = [row for row in rows if row["verdict"] in ("better", "worse")]
+    assert bool(decided) != (
+        "nothing differs from uniform ranks after correction" in README
+    )
+    real = study["protocol"]["real"]
+    assert f"{real['steps']} steps" in README
+
+
+def test_what_the_fresh_seeds_said():
+    claims = results("ranks_protocol_claims")
+    assert claims["protocol"]["seeds"] == 64
+    own = row_of(claims, "homogeneous", "sensitivity-own")["ratio"]["difference"]
+    assert f"({interval(own, 3)})" in README
+
+
+def test_what_moving_ranks_cost():
+    times = results("bench_ranks")["times"]
+
+    def told(arm, other):
+        pairs = zip(times[arm], times[other], strict=True)
+        return ratio(median_interval([a / b for a, b in pairs]))
+
+    for other in ("fixed, all held", "fixed, at the end"):
+        assert told("norm", other) in README
+        assert told("fisher", other) in README
+    assert f"(8 x 32, {len(times['norm'])} turns" in README
+
+
+@pytest.mark.parametrize("task", ["intents", "trec6"])
+def test_quality(task):
+    found = results(f"quality_{task}")
+    probe = interval(found["probe"]["accuracy"], 1, 100, "")
+    runs = [run["accuracy"]["estimate"] for run in found["lora"]]
+    lora = interval(over_seeds(runs).json(), 1, 100, "")
+    assert f"| {probe} | {lora} |" in README
+
+
+def test_a_step_beside_others():
+    for shape in results("bench")["shapes"].values():
+        ratios = shape["summary"]["ratios"]
+        assert ratio(ratios["lora/peft"]) in README
+        assert ratio(ratios["lora/by_hand"]) in README
