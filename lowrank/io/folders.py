@@ -21,6 +21,7 @@ BESIDE = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
     "LICENSE",
 )
 INDEX = "model.safetensors.index.json"

@@ -33,7 +33,7 @@ from lowrank.run.texts import load_base
 from lowrank.train.losses import Loss, cross_entropy
 
 #: Which pooling a task model of transformers has, by the kind of the base.
-_OWN = {"vit": "cls", "dinov2": "both"}
+TASK_POOLING = {"vit": "cls", "dinov2": "both"}
 _TASK_MODEL = """from peft import PeftModel
 from transformers import AutoModelForImageClassification
 
@@ -194,7 +194,7 @@ def _code(kind: str, pooling: str, shape: VisionSpec, side: int, classes: int) -
     """What opens the adapter with PEFT."""
     other = side != shape.image_size
     flag = ", interpolate_pos_encoding=True" if kind == "vit" and other else ""
-    text = _TASK_MODEL if _OWN[kind] == pooling else _CLASSIFIER
+    text = _TASK_MODEL if TASK_POOLING[kind] == pooling else _CLASSIFIER
     return text.format(
         kind=kind,
         classes=classes,

@@ -54,14 +54,19 @@ def config(world: World, grades):
     return made
 
 
+@pytest.fixture(scope="module")
+def finished(config, world):
+    directory = world.runs / "valued"
+    return directory, run_trial(config(f"run.directory={directory}"))
+
+
 def numbers(result, split="test"):
     found = result["scores"][split]["metrics"]
     return {name: value["estimate"] for name, value in found.items()}
 
 
-def test_numbers_are_learned_and_told_in_their_own_unit(config, world):
-    directory = world.runs / "valued"
-    result = run_trial(config(f"run.directory={directory}"))
+def test_numbers_are_learned_and_told_in_their_own_unit(finished):
+    directory, result = finished
     found = numbers(result)
     # The mean alone is off by 163.
     assert found["rmse"] < 60
@@ -83,23 +88,23 @@ def test_numbers_are_learned_and_told_in_their_own_unit(config, world):
     assert notes["scale"] == result["data"]["scale"]
 
 
-def test_trials_of_a_pack_are_those_alone(config, world):
+def test_trials_of_a_pack_are_those_alone(config, world, finished):
     each = [
         read(config(f"optim.lr={lr}", f"run.root={world.runs / 'valued_pack'}"))
         for lr in (0.02, 0.01)
     ]
     packed = run_pack(each, folder=world.runs / "valued_packs")
-    for one, lr in zip(packed, (0.02, 0.01), strict=True):
-        alone = run_trial(
-            config(f"optim.lr={lr}", f"run.root={world.runs / 'valued_alone'}")
-        )
+    other = run_trial(
+        config("optim.lr=0.01", f"run.root={world.runs / 'valued_alone'}")
+    )
+    for one, alone in zip(packed, (finished[1], other), strict=True):
+        assert one.result["trial"] == alone["trial"]
         for name, value in numbers(alone).items():
             np.testing.assert_allclose(numbers(one.result)[name], value, rtol=2e-2)
 
 
-def test_the_best_state_has_the_least_error(config, world):
-    directory = world.runs / "valued_best"
-    result = run_trial(config(f"run.directory={directory}", "optim.epochs=3"))
+def test_the_best_state_has_the_least_error(finished):
+    directory, result = finished
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     told = {one["step"]: one["validation/rmse"] for one in lines
             if "validation/rmse" in one}  # fmt: skip
@@ -210,9 +215,10 @@ def test_what_numbers_do_not_have(config, more, said):
         read(config(more))
 
 
-def test_a_warm_start_keeps_what_the_head_says_in_another_unit(config, world, tmp_path):
-    earlier = world.runs / "unit"
-    run_trial(config(f"run.directory={earlier}"))
+def test_a_warm_start_keeps_what_the_head_says_in_another_unit(
+    config, finished, tmp_path
+):
+    earlier, _ = finished
     rng = np.random.default_rng(5)
     rows = [
         {"text": " ".join(rng.choice(FILLERS, 4)), "value": float(rng.normal(3, 0.1))}

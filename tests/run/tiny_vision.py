@@ -12,12 +12,12 @@ from lowrank.io import vit
 from lowrank.models.vision import Classifier, VisionSpec
 
 SPEC = VisionSpec(
-    image_size=16, patch_size=4, d_model=24, num_layers=2, num_heads=4, d_ff=32,
+    image_size=16, patch_size=4, d_model=24, num_layers=2, num_heads=4, d_ff=48,
     layer_scale=True, norm_eps=1e-6,
 )  # fmt: skip
 CONFIG = {
     "model_type": "dinov2", "hidden_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "mlp_ratio": 32 / 24, "image_size": 16, "patch_size": 4,
+    "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 16, "patch_size": 4,
 }  # fmt: skip
 PREPARED = {"size": 16, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 #: What a class looks like: which channel is bright.
