@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from hydra_plugins.lowrank_packed.composed import Composed
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +35,19 @@ ConfigStore.instance().store(
 
 class PackedLauncher(BasicLauncher):
     """Runs jobs in packs where the task function says how, else one after another."""
+
+    def setup(
+        self,
+        *,
+        hydra_context: HydraContext,
+        task_function: TaskFunction,
+        config: DictConfig,
+    ) -> None:
+        """See `hydra.plugins.launcher.Launcher`; comes before the sweeper's work."""
+        super().setup(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        self._composed = Composed(hydra_context.config_loader)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -54,6 +71,7 @@ class PackedLauncher(BasicLauncher):
             initial_job_idx,
             config=self.config,
             context=self.hydra_context,
+            compose=self._composed.take,
             task_function=self.task_function,
             packing=packing,
         )

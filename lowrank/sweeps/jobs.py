@@ -8,7 +8,7 @@ training, for the jobs of a pack are told one after another when the pack has en
 import copy
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def launch(
     *,
     config: DictConfig,
     context: HydraContext,
+    compose: Callable[[DictConfig, Sequence[str]], DictConfig],
     task_function: TaskFunction,
     packing: Packing,
 ) -> list[JobReturn]:
@@ -72,6 +73,8 @@ def launch(
       initial_job_idx: Number of the first one.
       config: Of the sweep, composed.
       context: Hydra's.
+      compose: (config of the sweep, arguments of a job) -> config of the job, which
+        belongs to the caller.
       task_function: The command's; `run.door.command` made it.
       packing: How the command runs jobs together.
 
@@ -89,7 +92,7 @@ def launch(
             _redact_multirun(directory, config)
             logger.info("composing %d jobs", len(job_overrides))
             jobs = [
-                _compose(config, context, overrides, initial_job_idx + at)
+                _numbered(compose(config, overrides), config, initial_job_idx + at)
                 for at, overrides in enumerate(job_overrides)
             ]
             trials = labelled([_trial(job, directory) for job in jobs])
@@ -126,10 +129,8 @@ def launch(
     return returns
 
 
-def _compose(
-    config: DictConfig, context: HydraContext, overrides: Sequence[str], number: int
-) -> DictConfig:
-    job = context.config_loader.load_sweep_config(config, list(overrides))
+def _numbered(job: DictConfig, config: DictConfig, number: int) -> DictConfig:
+    """A job's config with its number and the sweep's directory."""
     with open_dict(job):
         job.hydra.job.id = job.hydra.job.num = number
         # Its own arguments would name another sweep.

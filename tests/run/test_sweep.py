@@ -6,9 +6,11 @@ import shutil
 import jax
 import pytest
 from fake_packs import FakePack, Killed, Seen, only_sweep
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.utils import JobStatus
 
 from experiments.train import objective
+from hydra_plugins.lowrank_packed.composed import Composed
 from lowrank.core.errors import (
     BAD_INPUT,
     BUG,
@@ -41,6 +43,34 @@ def test_a_grid_is_one_pack_told_as_ordinary_jobs(sweep, tmp_path):
         assert record.config["optim"]["lr"] == job.cfg.optim.lr
         assert record.config["run"]["root"] == str(only_sweep(tmp_path))
     assert "4 trials: 4 done" in said
+
+
+def test_every_job_is_composed_once(sweep, monkeypatch):
+    """Sweepers do it to see that it can be, and the launcher takes what they have."""
+    seen, load = [], ConfigLoaderImpl.load_sweep_config
+
+    def counted(self, master_config, sweep_overrides):
+        seen.append(tuple(sweep_overrides))
+        return load(self, master_config, sweep_overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    code, said = sweep(FakePack())
+    assert code == 0, said
+    assert len(seen) == len({*seen}) == 4
+
+
+def test_a_config_that_was_taken_is_nobody_elses():
+    class Loader:
+        def load_sweep_config(self, master_config, sweep_overrides):
+            return [master_config, *sweep_overrides]
+
+    loader = Loader()
+    composed = Composed(loader)
+    checked = [loader.load_sweep_config("m", ["a=1"]) for _ in range(2)]
+    taken = [composed.take("m", ["a=1"]) for _ in range(3)]
+    assert taken == [["m", "a=1"]] * 3
+    assert len({*map(id, taken)}) == 3
+    assert {*map(id, checked)} < {*map(id, taken)}
 
 
 def test_the_same_line_skips_what_is_finished(sweep, tmp_path):
