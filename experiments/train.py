@@ -7,7 +7,7 @@ from lowrank.report.tables import show_preview, show_result
 from lowrank.run.door import command
 from lowrank.run.packs import pack_memory, run_pack
 from lowrank.run.trial import run_trial
-from lowrank.sweeps.launch import Packing
+from lowrank.sweeps.plan import Packing
 
 
 def train(config: Mapping[str, Any], overrides: Sequence[str]) -> float | None:

@@ -285,7 +285,7 @@ def test_importing_the_package_loads_no_jax():
 
 
 def test_a_training_command_loads_nothing_that_only_reports_and_probes_need():
-    heavy = {"matplotlib", "sklearn", "statsmodels", "scipy.stats"}
+    heavy = {"matplotlib", "sklearn", "statsmodels", "scipy.stats", "pandas"}
     code = f"import experiments.train, sys; print({heavy} & {{*sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True

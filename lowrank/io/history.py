@@ -15,10 +15,9 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Int64
 
 from lowrank.core.errors import BadInput, Corrupt
@@ -26,6 +25,10 @@ from lowrank.io.files import local_path
 from lowrank.io.record import STATUS
 from lowrank.io.seals import read_sealed
 from lowrank.io.view import RecordView, load_record
+
+if TYPE_CHECKING:
+    # Half a second, which a run that is only trained need not wait for.
+    import pandas
 
 MOVES = "moves.json"
 #: Version of what is in it; raised when a key changes its meaning.
@@ -79,14 +82,16 @@ class RankHistory:
         return np.diff(np.append(self.steps, max(self.num_steps, self.steps[-1])))
 
     @cached_property
-    def ranks(self) -> pd.DataFrame:
+    def ranks(self) -> "pandas.DataFrame":
         """Rank per layer over time, one row per event and layer.
 
         Columns: "event" (0 is the start), "step" (the first with this rank), "layer",
         "site", "rank" (components kept).
         """
+        import pandas
+
         rows, layers = self.grid.shape
-        return pd.DataFrame(
+        return pandas.DataFrame(
             {
                 "event": np.repeat(np.arange(rows), layers),
                 "step": np.repeat(self.steps, layers),
@@ -97,7 +102,7 @@ class RankHistory:
         )
 
     @cached_property
-    def budget(self) -> pd.DataFrame:
+    def budget(self) -> "pandas.DataFrame":
         """The budget over time, one row per event, in `unit`.
 
         Columns: "event", "step", "duration" (steps until the next event, or the end),
@@ -106,13 +111,15 @@ class RankHistory:
         are revivable). Used is below target where layers are tied or the unit is
         parameters.
         """
+        import pandas
+
         price = self.cost if self.unit == "parameters" else np.ones_like(self.cost)
         used = self.grid @ price
         forward = used.copy()
         if self.revivable:
             # Gates shut at the last event of the schedule only.
             forward[self.steps < self.end] = used[0]
-        return pd.DataFrame(
+        return pandas.DataFrame(
             {
                 "event": np.arange(len(used)),
                 "step": self.steps,
@@ -137,7 +144,7 @@ class RankHistory:
         return {name: float(value) for name, value in found.items()}
 
     @cached_property
-    def moves(self) -> pd.DataFrame:
+    def moves(self) -> "pandas.DataFrame":
         """What moved, one row per event and layer where something did.
 
         Columns: "event", "step", "layer", "site", "births" (components that were shut
@@ -146,10 +153,12 @@ class RankHistory:
         + births + revivals - deaths. Only where losers are revivable is there a
         revival; elsewhere one that returns is born like any other.
         """
+        import pandas
+
         event, layer = np.nonzero(self.gained + self.lost)
         gained = self.gained[event, layer]
         none = np.zeros_like(gained)
-        return pd.DataFrame(
+        return pandas.DataFrame(
             {
                 "event": event + 1,
                 "step": self.steps[event + 1],
@@ -162,15 +171,17 @@ class RankHistory:
         )
 
     @cached_property
-    def summary(self) -> pd.DataFrame:
+    def summary(self) -> "pandas.DataFrame":
         """One row per layer, in the order of the model.
 
         Columns: "layer", "site", "start" and "final" (ranks), "moved" (events at which
         a component came or went), "births", "deaths", "revivals" (over all events).
         """
+        import pandas
+
         gained, lost = self.gained.sum(axis=0), self.lost.sum(axis=0)
         none = np.zeros_like(gained)
-        return pd.DataFrame(
+        return pandas.DataFrame(
             {
                 "layer": self.layers,
                 "site": self.sites,

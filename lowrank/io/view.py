@@ -7,10 +7,9 @@ import os
 import zipfile
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import yaml
 
 from lowrank.core.errors import BadInput, Corrupt
@@ -25,6 +24,9 @@ from lowrank.io.record import (
 )
 from lowrank.io.seals import check_sum, read_sealed
 from lowrank.track.jsonl import decode_number
+
+if TYPE_CHECKING:
+    import pandas
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class RecordView:
         return read_sealed(path) if path.exists() else None
 
     @cached_property
-    def metrics(self) -> pd.DataFrame:
+    def metrics(self) -> "pandas.DataFrame":
         """One row per logged line, with columns step, time and one per metric.
 
         A last line that is cut short, as a kill leaves it, is left out.
@@ -82,6 +84,8 @@ class RecordView:
         Raises:
           Corrupt: Any other line is damaged.
         """
+        import pandas
+
         path = self.directory / METRICS
         self.check(METRICS)
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -100,7 +104,11 @@ class RecordView:
                     f"line {number} of {path} is damaged: {error}. Restore the file "
                     "from a copy, or remove that line by hand."
                 ) from error
-        return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["step", "time"])
+        return (
+            pandas.DataFrame(rows)
+            if rows
+            else pandas.DataFrame(columns=["step", "time"])
+        )
 
     def splits(self) -> tuple[str, ...]:
         """The splits that have predictions."""

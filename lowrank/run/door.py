@@ -62,7 +62,7 @@ def command(
       task: What one job does.
       config_name: A file in `conf/`.
       packing: How many jobs are done together, for a launcher that can: see
-        `sweeps.launch.Packing`. Launchers get nothing but the function that Hydra was
+        `sweeps.plan.Packing`. Launchers get nothing but the function that Hydra was
         given, so this rides on it as an attribute.
     """
     course = Course()

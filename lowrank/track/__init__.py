@@ -1,7 +1,6 @@
 """Where the numbers of a run go while it runs.
 
-`services` and `trackers` are imported by name: they load pandas, 60 MB for nothing
-where a base is only read.
+`services` and `trackers` are imported by name: who only reads a base tells nobody.
 """
 
 from lowrank.track.jsonl import JsonlTracker as JsonlTracker

@@ -11,15 +11,18 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
 import numpy as np
-import pandas as pd
 
 from lowrank.core.errors import BadInput
 from lowrank.core.secrets import redact, redact_text
 from lowrank.track.jsonl import RESERVED, Values, decode_number
+
+if TYPE_CHECKING:
+    # Half a second, which a run that is only trained need not wait for.
+    import pandas
 
 _log = logging.getLogger(__name__)
 _MAX_ID_LENGTH = 64
@@ -125,7 +128,7 @@ class WandbTracker:
             with self._harmless():
                 self._run.summary.update(_floats(values))
 
-    def table(self, name: str, frame: pd.DataFrame) -> None:
+    def table(self, name: str, frame: "pandas.DataFrame") -> None:
         """Sends a frame as a table; its texts are redacted, its gaps stay gaps."""
         if self._run is not None:
             with self._harmless():

@@ -9,15 +9,17 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lowrank.core.errors import BadInput, CannotWrite
 from lowrank.core.secrets import redact_text
 from lowrank.core.spec import spec
 from lowrank.track.jsonl import JsonlTracker, Values
 from lowrank.track.services import Mode, TensorboardTracker, WandbTracker
+
+if TYPE_CHECKING:
+    # Half a second, which a run that is only trained need not wait for.
+    import pandas
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +142,7 @@ def build_trackers(
 
 def summarize(
     track: Track,
-    tables: Mapping[str, pd.DataFrame],
+    tables: Mapping[str, "pandas.DataFrame"],
     *,
     name: str,
     directory: str | os.PathLike[str],

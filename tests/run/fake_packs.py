@@ -18,7 +18,7 @@ from lowrank.run.door import command
 from lowrank.run.packs import Outcome
 from lowrank.run.prepare import directory_of, identity_of
 from lowrank.run.problems import load_problem
-from lowrank.sweeps.launch import Packing
+from lowrank.sweeps.plan import Packing
 
 GRID = ("optim.lr=0.1,0.2", "seed=1,2")
 
