@@ -127,9 +127,10 @@ class Plan:
             or {role: delta.axes[name] for role, name in names.items()} != along
         ):
             raise BadInput(
-                f"penalties on the size of a correction are for sums of thin products, "
-                f"and that of {site.path!r} by {type(delta).__name__} is none: it has "
-                "no `amplitude`. Leave frobenius, orthogonality and norm_cap at zero, "
+                "penalties and ranks by the size of a correction are for sums of thin "
+                f"products, and that of {site.path!r} by {type(delta).__name__} is "
+                "none: it has no `amplitude`. Leave frobenius, orthogonality and "
+                "norm_cap at zero and choose ranks by another importance, as fisher; "
                 "or correct the weight with LoRA"
             )
         silent = delta.silent or names["out"]
