@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 NEWEST ?= python3.13
 
-.PHONY: demo test test-slow test-full test-faults test-engines docs-faults test-newest parity foreign gym docs-models notebooks lint bench bench-sweep bench-decoder clean
+.PHONY: demo test test-slow test-full test-faults test-engines docs-faults test-newest parity foreign gym docs-models notebooks lint bench bench-sweep bench-decoder bench-gpu clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -103,6 +103,12 @@ bench-sweep: $(VENV)/.parity
 # A language model's training step and generation beside PEFT and transformers.
 bench-decoder: $(VENV)/.parity
 	$(BIN)/python -m experiments.bench.decoder
+
+# A step of LoRA on billion-sized shapes beside PEFT, for a machine with an NVIDIA GPU:
+# SHAPE=8b for the larger one.
+bench-gpu: $(VENV)/.parity
+	$(BIN)/python -m pip install --quiet --editable '.[parity,cuda]'
+	$(BIN)/python -m experiments.bench.gpu --model $(or $(SHAPE),1b)
 
 clean:
 	rm -rf $(VENV) build dist

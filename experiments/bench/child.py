@@ -23,13 +23,15 @@ MODULE = "experiments.bench.child"
 ARMS = ("lora", "by_hand", "by_autodiff", "peft", "peft_huge", "full")
 #: Those of `bench.decoder`.
 DECODERS = ("decoder", "decoder_peft", "speaker", "speaker_peft")
+#: Those of `bench.gpu`, besides.
+SHAPED = ("decoder_peft_compiled", "product")
 #: Others' programs, which run as their users run them.
-OTHERS = ("peft", "decoder_peft", "speaker_peft")
+OTHERS = ("peft", "decoder_peft", "decoder_peft_compiled", "speaker_peft")
 
 
 def build(arm: str, setting: Setting) -> Arm:
     """Makes an arm; imports what it needs and nothing else."""
-    if arm in DECODERS:
+    if arm in (*DECODERS, *SHAPED):
         return _decoder(arm, setting)
     if arm.startswith("peft"):
         from experiments.bench.peers import Peft
@@ -51,17 +53,20 @@ def build(arm: str, setting: Setting) -> Arm:
 
 
 def _decoder(arm: str, setting: Setting) -> Arm:
-    if arm.endswith("_peft"):
+    if "_peft" in arm:
         from experiments.bench import peer_decoders as peers
 
         return {
             "decoder_peft": peers.PeftDecoder,
+            "decoder_peft_compiled": peers.CompiledPeftDecoder,
             "speaker_peft": peers.PeftSpeaker,
         }[arm](setting)
     from experiments.bench import decoders
     from lowrank.io import language
 
-    base = language.load(setting.base)
+    if arm == "product":
+        return decoders.Product(setting)
+    base = decoders.drawn(setting) if setting.model else language.load(setting.base)
     return {"decoder": decoders.Decoder, "speaker": decoders.Speaker}[arm](
         setting, base
     )
@@ -78,7 +83,9 @@ def serve(arm: Arm, commands: TextIO, answers: TextIO) -> None:
             reply: dict[str, Any] = {"flops": count() if callable(count) else count}
         else:
             reply = {**timed(arm, wanted["steps"]), "idle_cpu_seconds": idle}
-        tell(answers, {**reply, "peak_bytes": peak_bytes()})
+        # An accelerator has a memory of its own.
+        peak = getattr(arm, "peak_bytes", peak_bytes)
+        tell(answers, {**reply, "peak_bytes": peak()})
         cpu = time.process_time()
 
 

@@ -1,5 +1,6 @@
 """The project's own arms of `bench.decoder`: a training step, and generation."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +10,16 @@ import numpy as np
 
 from experiments.bench.factors import draw_factors, draw_tokens
 from experiments.bench.setting import Setting
+from experiments.bench.shapes import config_of
 from lowrank.adapt.attach import Adapted, attach
 from lowrank.adapt.rules import Rule
-from lowrank.core.trees import count
+from lowrank.core.trees import count, flatten
 from lowrank.cost.count import jaxpr_flops
 from lowrank.deltas.lora import LoRA
 from lowrank.io.adapter import Adapter, Correction, spread
+from lowrank.io.decoder_configs import spec_from_config
 from lowrank.io.language import Language
+from lowrank.models.decoder import LanguageModel
 from lowrank.models.generation import generate
 from lowrank.run.language import INPUTS
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
@@ -51,6 +55,72 @@ def batch_of(setting: Setting, vocab_size: int) -> dict[str, np.ndarray]:
         "index": np.arange(shape[0], dtype=np.int32),
     }
     return {name: np.ascontiguousarray(x)[None] for name, x in batch.items()}
+
+
+def drawn(setting: Setting) -> Language:
+    """A base of a shape of `bench.shapes` with random weights, made on the device."""
+    config = config_of(setting.model)
+    shape, family = spec_from_config(config, setting.model)
+    model = LanguageModel(shape, True, setting.remat, setting.dtype)
+    one = {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)}
+    leaves, structure = flatten(
+        jax.eval_shape(model.init, jax.random.key(0), one)["params"]
+    )
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def normal(key: Any, shape: tuple[int, ...]) -> Any:
+        return 0.02 * jax.random.normal(key, shape, setting.dtype)
+
+    keys = jax.random.split(jax.random.key(setting.seed), len(leaves))
+    params = {
+        path: jnp.ones(leaf.shape, setting.dtype)
+        if path.endswith("scale")
+        else normal(key, tuple(leaf.shape))
+        for key, (path, leaf) in zip(keys, leaves.items(), strict=True)
+    }
+
+    def applied(params: Any, *given: Any, method: str | None = None) -> Any:
+        return model.apply({"params": params}, *given, method=method)
+
+    return Language(
+        name=setting.model, apply=applied,
+        scores=functools.partial(applied, method="scores"),
+        read=functools.partial(applied, method="read"),
+        params=structure.unflatten(params), tokenizer=None, fingerprint="", spec=shape,
+        family=family, max_length=shape.max_positions, end=(), begin=None,
+        chat_template=None, dtype=setting.dtype, provenance={}, hf_config=config,
+    )  # fmt: skip
+
+
+class Product:
+    """Square matrix products one after another: the most that a device can do."""
+
+    #: Products of a step, and their width on an accelerator and elsewhere.
+    COUNT, WIDE, SMALL = 16, 8192, 512
+
+    def __init__(self, setting: Setting):
+        width = self.WIDE if setting.device == "gpu" else self.SMALL
+        self._x = jnp.full((width, width), 1 / width, setting.dtype)
+
+        @jax.jit
+        def many(x: Any) -> Any:
+            # Each of them needs the one before it.
+            return jax.lax.fori_loop(0, self.COUNT, lambda _, y: y @ x, x)
+
+        self._many = many
+        self.facts: Mapping[str, Any] = {
+            "flops": None,
+            "work": 2.0 * self.COUNT * width**3,
+        }
+
+    def step(self) -> float:
+        return float(jax.block_until_ready(self._many(self._x))[0, 0])
+
+
+def device_peak() -> int | None:
+    """The most bytes an accelerator has held for this process; None where unknown."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
 
 
 def corrected(setting: Setting, base: Language, batch: Mapping[str, Any]):
@@ -105,6 +175,9 @@ class Decoder:
             "compile_seconds": self._pack.compile_seconds,
             "num_trained": count(trained),
         }
+
+        if setting.device == "gpu":
+            self.peak_bytes = device_peak
 
     def step(self) -> float:
         self._state, metrics = self._pack(self._state, self._batch)

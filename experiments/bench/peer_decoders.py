@@ -6,6 +6,7 @@ from typing import Any
 from experiments.bench.factors import draw_factors, draw_tokens
 from experiments.bench.peers import require
 from experiments.bench.setting import Setting
+from experiments.bench.shapes import config_of
 
 PREFIX = "base_model.model."
 
@@ -15,12 +16,9 @@ def _adapted(setting: Setting) -> tuple[Any, Any]:
     require()
     import peft
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(setting.num_threads)
-    model = AutoModelForCausalLM.from_pretrained(
-        setting.folder, attn_implementation="sdpa", dtype=torch.float32
-    )
+    model = _base(setting, torch)
     config = peft.LoraConfig(
         r=setting.rank,
         # PEFT divides it as any number, whatever its annotation says.
@@ -30,6 +28,11 @@ def _adapted(setting: Setting) -> tuple[Any, Any]:
         task_type="CAUSAL_LM",
     )
     adapted = peft.get_peft_model(model, config)
+    if setting.remat == "full":
+        adapted.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        adapted.enable_input_require_grads()
     with torch.no_grad():
         for name, module in adapted.named_modules():
             if not hasattr(module, "lora_A"):
@@ -42,6 +45,28 @@ def _adapted(setting: Setting) -> tuple[Any, Any]:
     return torch, adapted
 
 
+def _base(setting: Setting, torch: Any) -> Any:
+    """The stored model, or one of a shape with random weights, made on the device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if not setting.model:
+        return AutoModelForCausalLM.from_pretrained(
+            setting.folder, attn_implementation="sdpa", dtype=torch.float32
+        )
+    fields = config_of(setting.model)
+    fields.pop("model_type")
+    with torch.device(_device(setting)):
+        return AutoModelForCausalLM.from_config(
+            LlamaConfig(**fields),
+            attn_implementation="sdpa",
+            dtype=getattr(torch, setting.dtype),
+        )
+
+
+def _device(setting: Setting) -> str:
+    return "cuda" if setting.device == "gpu" else "cpu"
+
+
 class PeftDecoder:
     """A training step: the model's own loss, clipping, AdamW."""
 
@@ -49,8 +74,14 @@ class PeftDecoder:
         self._torch, self._model = _adapted(setting)
         self._model.train()
         ids = draw_tokens(setting, self._model.config.vocab_size)
-        self._ids = self._torch.from_numpy(ids.astype("int64"))
+        self._ids = self._torch.from_numpy(ids.astype("int64")).to(_device(setting))
         self._clip = setting.clip
+        # As trainers do with a base in half precision: PEFT keeps factors in float32.
+        self._casts = lambda: self._torch.autocast(
+            _device(setting),
+            dtype=getattr(self._torch, setting.dtype),
+            enabled=setting.dtype != "float32",
+        )
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._torch.optim.AdamW(
             self._trained, lr=setting.lr, weight_decay=0.0, fused=True
@@ -60,14 +91,25 @@ class PeftDecoder:
             "compile_seconds": None,
             "num_trained": sum(p.numel() for p in self._trained),
         }
+        if setting.device == "gpu":
+            self.peak_bytes = self._torch.cuda.max_memory_allocated
 
     def step(self) -> float:
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._model(input_ids=self._ids, labels=self._ids).loss
+        with self._casts():
+            loss = self._model(input_ids=self._ids, labels=self._ids).loss
         loss.backward()
         self._torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
         self._optimizer.step()
         return loss.item()
+
+
+class CompiledPeftDecoder(PeftDecoder):
+    """The same through `torch.compile`."""
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self._model = self._torch.compile(self._model)
 
 
 class PeftSpeaker:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -30,6 +30,10 @@ class Setting:
       clip: Largest global gradient norm.
       num_threads: Cores that an arm may use.
       seed: Of the batch and the starting point.
+      model: Name of a shape in `shapes`, whose weights are drawn, instead of `base`.
+      dtype: Of a shape's weights, and what is computed in.
+      remat: "full" if layers are computed again in the backward pass.
+      device: "cpu", or "gpu" for an accelerator.
     """
 
     base: str = "minilm"
@@ -43,11 +47,15 @@ class Setting:
     clip: float = 1.0
     num_threads: int = 2
     seed: int = 0
+    model: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full"] = "none"
+    device: Literal["cpu", "gpu"] = "cpu"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("base", "folder", "seed") and not value > 0:
+            if field.name != "seed" and not isinstance(value, str) and not value > 0:
                 raise BadInput(f"bench: {field.name} must be positive, not {value}")
 
     @property
