@@ -1,7 +1,7 @@
 """Configs of jobs, composed once: sweepers compose them all to see that they can be.
 
-Composing takes a quarter of a second on a laptop. What a sweeper has composed is kept,
-and the launcher takes it instead of composing the same arguments again.
+Composing is most of what a sweep does before it loads anything. What a sweeper has
+composed is kept, and the launcher takes it instead of composing it again.
 """
 
 from collections import defaultdict

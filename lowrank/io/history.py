@@ -27,7 +27,7 @@ from lowrank.io.seals import read_sealed
 from lowrank.io.view import RecordView, load_record
 
 if TYPE_CHECKING:
-    # Half a second, which a run that is only trained need not wait for.
+    # Slow to load, and a run that is only trained has no use for it.
     import pandas
 
 MOVES = "moves.json"
