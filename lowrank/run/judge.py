@@ -13,6 +13,7 @@ from lowrank.core.spec import build, refuse_targets, spec
 from lowrank.data.tasks import CATALOGUE as DATA
 from lowrank.run.answering import Answering
 from lowrank.run.language import LanguageProblem
+from lowrank.run.problem import ALL
 from lowrank.run.problems import load_again
 from lowrank.run.saying import Said
 from lowrank.run.settings import (
@@ -47,7 +48,7 @@ class What:
     """What of it is judged.
 
     Attributes:
-      split: Name of the split.
+      split: Name of the split; "all": every row of other data.
       merged: Whether the merged weights are scored instead of the factored model.
     """
 
@@ -99,6 +100,11 @@ def judge(
     Rows are cut and grouped as in training, whatever `data.batching` of the other data
     says: a score belongs to the length that the run was trained at.
     """
+    if split == ALL and not data:
+        raise BadInput(
+            f"split={ALL} has the rows in it that the run was trained on: name one of "
+            "its splits, or give other data, as +data=table data.path=new.csv"
+        )
     settings = dataclasses.replace(run.settings, evaluate=evaluation)
     check_evaluation(evaluation, settings.data.kind)
     if data is not None and not isinstance(data, Mapping):

@@ -9,6 +9,7 @@ import numpy as np
 
 from lowrank.core.errors import BadInput
 from lowrank.data.checks import check_task
+from lowrank.data.splits import Split
 from lowrank.data.tasks import Task
 from lowrank.evaluate.score import Predictions, report, score_trials
 from lowrank.io.hub import Base
@@ -159,20 +160,24 @@ def labeled_again(
     cache = settings.run.cache
     task = settings.data.load(Path(cache) / "data" if cache else None)
     rows, classes = known_split(task.splits, split), tuple(facts["classes"])
-    own = dataclasses.replace(rows, labels=renumbered(task, split, classes))
+    own = dataclasses.replace(rows, labels=renumbered(task, rows, classes))
     task = dataclasses.replace(task, classes=classes, splits={split: own})
     tokens = tokenize_all(task, base, settings)
     return Labeled(settings=settings, base=base, task=task, tokens=tokens, checks={})
 
 
-def renumbered(task: Task, split: str, classes: Sequence[str]) -> np.ndarray:
-    """Labels as a run numbers its classes."""
+def renumbered(task: Task, rows: Split, classes: Sequence[str]) -> np.ndarray:
+    """Labels of rows of a task as a run numbers its classes.
+
+    Raises:
+      BadInput: They have a class that the run does not know.
+    """
     known = {name: number for number, name in enumerate(classes)}
-    labels = task.splits[split].labels
+    labels = rows.labels
     if odd := [n for c in np.unique(labels) if (n := task.classes[c]) not in known]:
         raise BadInput(
-            f"the {split} split of {task.name!r} has {len(odd)} classes that the run "
-            f"does not know, as {odd[0]!r}; it knows {len(known)}, as {classes[0]!r}"
+            f"the rows of {task.name!r} have {len(odd)} classes that the run does not "
+            f"know, as {odd[0]!r}; it knows {len(known)}, as {classes[0]!r}"
         )
     numbers = [known.get(name, -1) for name in task.classes]
     return np.asarray(numbers, np.int32)[labels]

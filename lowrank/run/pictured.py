@@ -274,7 +274,7 @@ def pictured_again(
     images = settings.data.load(_cache(settings))
     task = images.task
     rows, classes = known_split(task.splits, split), tuple(facts["classes"])
-    own = dataclasses.replace(rows, labels=renumbered(task, split, classes))
+    own = dataclasses.replace(rows, labels=renumbered(task, rows, classes))
     task = dataclasses.replace(task, classes=classes, splits={split: own})
     return Pictured(
         settings=settings,

@@ -5,6 +5,7 @@ answers stands behind `Problem`; `run.problems` lists the kinds.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -30,6 +31,8 @@ LoRA adapter of `{base}` for `{task}`{what}, trained with `lowrank`.
 With `lowrank`: `lowrank.load_run("<folder of the run>")`.{code}
 """
 Rows = TypeVar("Rows")
+#: What stands for the splits of data together, where none of it was trained on.
+ALL = "all"
 
 
 @runtime_checkable
@@ -137,14 +140,30 @@ class Problem(Protocol):
 
 
 def known_split(splits: Mapping[str, Rows], name: str) -> Rows:
-    """The rows of a split.
+    """The rows of a split, or of all splits, one after another.
 
     Raises:
       UnknownName: There is no such split.
     """
+    if name == ALL:
+        return functools.reduce(_joined, splits.values())
     if name not in splits:
-        raise UnknownName(f"no split {name!r}; there are {', '.join(splits)}")
+        raise UnknownName(f"no split {name!r}; there are {', '.join(splits)}, or {ALL}")
     return splits[name]
+
+
+def _joined(first: Rows, second: Rows) -> Rows:
+    """The rows of both: columns are tuples or arrays, or None in either."""
+    columns: dict[str, Any] = {}
+    for field in dataclasses.fields(first):  # pyright: ignore[reportArgumentType]
+        one, two = (getattr(rows, field.name) for rows in (first, second))
+        if one is None or two is None:
+            columns[field.name] = None
+        elif isinstance(one, tuple):
+            columns[field.name] = one + two
+        else:
+            columns[field.name] = np.concatenate([one, two])
+    return type(first)(**columns)
 
 
 def card_of(

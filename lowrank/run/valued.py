@@ -18,7 +18,7 @@ from lowrank.evaluate.values import Estimates, score_values
 from lowrank.io.hub import Base
 from lowrank.run.forward import Batch, Forward
 from lowrank.run.judges import Judge, Predict, finite
-from lowrank.run.problem import Shipping, card_of, known_split
+from lowrank.run.problem import ALL, Shipping, card_of, known_split
 from lowrank.run.settings import Settings
 from lowrank.run.texts import (
     TextProblem,
@@ -185,7 +185,9 @@ def valued_again(
     task = settings.data.load()
     rows = known_split(task.task.splits, split)
     texts = dataclasses.replace(task.task, splits={split: rows})
-    own = ValueTask(texts, {split: task.values[split]})
+    names = [*task.values] if split == ALL else [split]
+    values = np.concatenate([task.values[name] for name in names])
+    own = ValueTask(texts, {split: values})
     return _valued(settings, base, own, facts["mean"], facts["scale"])
 
 

@@ -10,8 +10,11 @@ from tiny_run import (
 )
 
 from lowrank.core.errors import BadInput, Corrupt
+from lowrank.data.choices import Choices
+from lowrank.data.splits import Split
 from lowrank.io.seals import write_sealed
 from lowrank.run.judge import evaluate_run
+from lowrank.run.problem import known_split
 from lowrank.run.stored import load_run, predict
 from lowrank.run.trial import run_trial
 from lowrank.sweeps.finalists import judge_test
@@ -68,6 +71,29 @@ def test_new_data_may_lack_classes_but_not_bring_new_ones(finished, tmp_path):
     other.write_text(some.read_text().replace(",color", ",sound"))
     with pytest.raises(BadInput, match="does not know, as 'sound'"):
         evaluate_run(composed("evaluate", *judged, f"data.path={other}"))
+
+
+def test_new_data_may_be_judged_whole(finished, tmp_path):
+    directory, _ = finished
+    new = write_table(tmp_path / "new.csv", 10, seed=6)
+    judged = [f"run.directory={directory}", "evaluate.resamples=20"]
+    found = evaluate_run(
+        composed("evaluate", *judged, "+data=table", f"data.path={new}", "split=all")
+    )
+    assert found["scores"]["all"]["num_rows"] == 30
+    with pytest.raises(BadInput, match="that the run was trained on"):
+        evaluate_run(composed("evaluate", *judged, "split=all"))
+
+
+def test_all_splits_are_their_rows_one_after_another():
+    one = Choices(("q",), (("a", "b"),), np.array([1], np.int32), ("g",), ("0",))
+    two = Choices(("r",), (("c", "d", "e"),), np.array([2], np.int32), ("h",), ("1",))
+    both = known_split({"train": one, "test": two}, "all")
+    assert both.questions == ("q", "r")
+    assert both.choices == (("a", "b"), ("c", "d", "e"))
+    assert both.right.tolist() == [1, 2]
+    plain = lambda name: Split((name,), (name,), np.zeros(1, np.int32), None)
+    assert known_split({"a": plain("x"), "b": plain("y")}, "all").groups is None
 
 
 @pytest.mark.parametrize(
