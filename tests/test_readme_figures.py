@@ -108,6 +108,10 @@ def test_what_is_said_of_text(study):
     )
     real = study["protocol"]["real"]
     assert f"{real['steps']} steps" in README
+    fisher = [row["ratio"]["difference"] for row in rows if row["arm"] == "fisher"]
+    narrowest = min(100 * (one["high"] - one["low"]) for one in fisher)
+    assert f"interval of gate-Fisher is {narrowest:.1f} points wide" in README
+    assert f"took {study['seconds'] / 60:.0f} minutes" in README
 
 
 def test_what_the_fresh_seeds_said():
