@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bench.decoder import PAIRS
 from experiments.bench.report import median_interval
 from lowrank.evaluate.stats import over_seeds
 
@@ -141,6 +142,14 @@ def test_quality(task):
     runs = [run["accuracy"]["estimate"] for run in found["lora"]]
     lora = interval(over_seeds(runs).json(), 1, 100, "")
     assert f"| {probe} | {lora} |" in README
+
+
+def test_a_decoder_beside_others():
+    for what, found in results("bench_decoder")["pairs"].items():
+        ours, theirs = PAIRS[what]
+        peak = found["peak_bytes"][ours] / found["peak_bytes"][theirs]
+        told = README[README.index(ratio(found["ratio"])) :]
+        assert f"with {peak:.2f} of" in told[:90], what
 
 
 def test_a_step_beside_others():
