@@ -10,16 +10,14 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from experiments.bench import peers
 from experiments.bench.__main__ import WARM, describe
 from experiments.bench.child import Child
+from experiments.bench.ending import reported
 from experiments.bench.report import median_interval
 from experiments.bench.setting import Setting
-from lowrank.core.errors import LowrankError, exit_code
-from lowrank.io.files import write_json_atomically
 from lowrank.io.sources import locate
 
 #: Ours beside theirs, by what they do.
@@ -35,17 +33,7 @@ SAME_LOSS = 1e-4
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; the exit code says whether it could."""
     options = parse(arguments)
-    try:
-        report = compare(options)
-    except LowrankError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return exit_code(error)
-    print(table(report))
-    if options.out:
-        path = Path(options.out)
-        write_json_atomically(path, report)
-        path.with_suffix(".md").write_text(table(report), "utf-8")
-    return 0
+    return reported(lambda: compare(options), table, options.out)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -9,22 +9,20 @@ On a machine without an accelerator: --device cpu --model toy, which shows that 
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from experiments.bench import peers
 from experiments.bench.__main__ import WARM, describe
 from experiments.bench.child import Child
+from experiments.bench.ending import reported
 from experiments.bench.report import median_interval
 from experiments.bench.setting import Setting
 from experiments.bench.shapes import SHAPES, config_of, model_flops
-from lowrank.core.errors import LowrankError, exit_code
-from lowrank.io.files import write_json_atomically
+from lowrank.core.errors import LowrankError
 
 #: Arm -> what it is called.
 ARMS = {
@@ -38,17 +36,7 @@ OURS, CEILING = "decoder", "product"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; the exit code says whether it could."""
     options = parse(arguments)
-    try:
-        report = compare(options)
-    except LowrankError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return exit_code(error)
-    print(table(report))
-    if options.out:
-        path = Path(options.out)
-        write_json_atomically(path, json.loads(json.dumps(report)))
-        path.with_suffix(".md").write_text(table(report), "utf-8")
-    return 0
+    return reported(lambda: compare(options), table, options.out)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -114,7 +102,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "machine": machine,
-        "setting": vars(options),
+        "setting": {**vars(options)},
         "seconds": seconds,
         "losses": {
             arm: [x for one in own for x in one["losses"]]

@@ -23,14 +23,14 @@ import numpy as np
 from experiments.bench import peers
 from experiments.bench.__main__ import describe, export
 from experiments.bench.curve import curve
+from experiments.bench.ending import reported
 from experiments.bench.grid import Grid, validation_numbers
 from experiments.bench.peft_grid import ARRAYS
 from experiments.bench.reused import export as export_batches
 from experiments.bench.setting import Setting
 from experiments.bench.sweep_table import TITLES, table
-from lowrank.core.errors import BadInput, LowrankError, exit_code
+from lowrank.core.errors import BadInput
 from lowrank.io import hub
-from lowrank.io.files import write_json_atomically
 from lowrank.sweeps.load import load_sweep
 
 ARMS = ("alone", "reused", "packed", "halved", "peft")
@@ -42,16 +42,7 @@ TOKENS = (((32, 8), 1.0), ((32, 64), 1.1))
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; the exit code says whether it could."""
     options = parse(arguments)
-    try:
-        report = compare(options)
-    except LowrankError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return exit_code(error)
-    print(table(report))
-    if options.out:
-        write_json_atomically(Path(options.out), report)
-        Path(options.out).with_suffix(".md").write_text(table(report))
-    return 0
+    return reported(lambda: compare(options), table, options.out)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

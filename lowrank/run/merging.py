@@ -110,7 +110,7 @@ def write_merged(run: Run, directory: str | Path) -> Path:
     else:
         config |= _labels(run.classes)
         if settings.data.kind == "values":
-            params = {**params, "head": _in_its_unit(params["head"], run.facts)}
+            params = {**params, "head": in_its_unit(params["head"], run.facts)}
             config |= {"problem_type": "regression", **_labels(["LABEL_0"])}
         tensors = BERT.to_hf(params)
         opens = "AutoModelForSequenceClassification"
@@ -176,7 +176,7 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _in_its_unit(head: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+def in_its_unit(head: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The head of z = (y - mean) / scale as that of y."""
     scale, mean = facts["scale"], facts["mean"]
     return {"kernel": head["kernel"] * scale, "bias": head["bias"] * scale + mean}

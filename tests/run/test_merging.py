@@ -9,7 +9,7 @@ from experiments.merge import main
 from lowrank.core.errors import BadInput
 from lowrank.io.hub import load
 from lowrank.io.safetensors import Tensors
-from lowrank.run.merging import merge_run, write_merged
+from lowrank.run.merging import in_its_unit, merge_run, write_merged
 from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
 
@@ -100,3 +100,12 @@ def test_what_is_there_is_not_written_over(pooled, tmp_path, monkeypatch, capsys
 def test_a_field_that_does_not_exist_is_named(pooled):
     with pytest.raises(BadInput, match="'directory'"):
         merge_run({"run": {"directory": "x"}, "merged": {"directry": "y"}})
+
+
+def test_a_head_says_numbers_in_their_own_unit():
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (rng.normal(size=n) for n in ((5, 4), (4, 1), 1))
+    facts = {"scale": 160.0, "mean": 1200.0}
+    own = in_its_unit({"kernel": kernel, "bias": bias}, facts)
+    wanted = (x @ kernel + bias) * 160 + 1200
+    np.testing.assert_allclose(x @ own["kernel"] + own["bias"], wanted, rtol=1e-12)
