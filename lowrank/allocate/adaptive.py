@@ -124,26 +124,27 @@ class Adaptive(Allocator):
     threshold: float = 1.0
 
     def __post_init__(self) -> None:
+        below, rate = f"0 to ranks.every = {self.every}", "at least 0 and below 1"
         rules = {
-            "budget": self.budget is None or self.budget >= 1,
-            "start": self.start is None or 0 < self.start < math.inf,
-            "every": self.every >= 1,
-            "measure_every": 0 <= self.measure_every <= self.every,
-            "first_batches": self.first_batches >= 1,
-            "decay": 0 <= self.decay < 1,
-            "deviation_decay": 0 <= self.deviation_decay < 1,
-            "rho": self.rho is None or 1 <= self.rho < math.inf,
-            "add": self.add >= 1,
-            "at_once": self.at_once is None or self.at_once >= 1,
-            "moves": self.moves >= 0,
-            "pool": self.pool >= 1,
-            "threshold": 0 < self.threshold <= 1,
+            "budget": (self.budget is None or self.budget >= 1, "at least 1"),
+            "start": (self.start is None or 0 < self.start < math.inf, "above 0"),
+            "every": (self.every >= 1, "at least 1"),
+            "measure_every": (0 <= self.measure_every <= self.every, below),
+            "first_batches": (self.first_batches >= 1, "at least 1"),
+            "decay": (0 <= self.decay < 1, rate),
+            "deviation_decay": (0 <= self.deviation_decay < 1, rate),
+            "rho": (self.rho is None or 1 <= self.rho < math.inf, "at least 1"),
+            "add": (self.add >= 1, "at least 1"),
+            "at_once": (self.at_once is None or self.at_once >= 1, "at least 1"),
+            "moves": (self.moves >= 0, "at least 0"),
+            "pool": (self.pool >= 1, "at least 1"),
+            "threshold": (0 < self.threshold <= 1, "above 0 and at most 1"),
         }
-        for name, holds in rules.items():
+        for name, (holds, allowed) in rules.items():
             if not holds:
                 raise BadInput(
-                    f"ranks.{name} = {getattr(self, name)!r} is out of range (events "
-                    "are at least as far apart as measurements, rates are below 1)"
+                    f"ranks.{name} = {getattr(self, name)!r} is out of range: give "
+                    f"{allowed}"
                 )
         if self.basis == "singular" and IMPORTANCES[self.importance].degree is None:
             known = sorted(n for n, one in IMPORTANCES.items() if one.degree)
@@ -180,8 +181,13 @@ class Adaptive(Allocator):
         last = ruled if self.budget is None else self.budget
         full = slots.spent(top, self.unit)
         first = full if self.start is None else math.floor(self.start * last + 0.5)
-        slots.check_budget(last, self.unit, "the budget", top)
-        slots.check_budget(first, self.unit, "the first budget", top)
+        room = "ranks.bounds or ranks.max_rank"
+        room += "" if self.rho is None else ", or raise ranks.rho"
+        for budget, what, own in (
+            (last, "the budget", "ranks.budget"),
+            (first, "the first budget", "ranks.start"),
+        ):
+            slots.check_budget(budget, self.unit, what, top, f"{own}, {room}")
         self._check_direction(slots, first, last)
         curve = schedules.curve(self.schedule, when, first, last, self._pace(slots))
         dealt = dealing.deal(slots, slots.ranks, first, self.unit, top)
@@ -290,7 +296,8 @@ class Adaptive(Allocator):
         elif self.selector == "top" and first == last:
             wrong = (
                 "chooses among more components than it keeps, and there are no more: "
-                "raise max_rank, or lower the rank or ranks.budget"
+                "raise ranks.max_rank (and ranks.rho, if there is one), or lower "
+                "delta.rank or ranks.budget"
             )
         elif self.selector == "grow" and first >= last:
             wrong = "only grows: set ranks.start below 1"

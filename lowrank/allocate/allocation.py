@@ -272,7 +272,8 @@ def pack(
         if one.program.unit != first.program.unit:
             raise BadInput(
                 f"trial {trial} counts its budget in {one.program.unit}, another of "
-                f"its pack in {first.program.unit}; set ranks.unit alike"
+                f"its pack in {first.program.unit}; set ranks.unit alike, which for "
+                "given and shuffled ranks is components"
             )
         if _layout(one.slots) != _layout(first.slots):
             raise BadInput(

@@ -1,6 +1,7 @@
 """Methods with a name: `Adaptive` with other defaults."""
 
 from lowrank.allocate.adaptive import Adaptive, Basis, Mode, Name, Selector, Shape
+from lowrank.core.errors import BadInput
 from lowrank.core.spec import spec
 
 
@@ -23,8 +24,6 @@ class AdaLoRA(Adaptive):
     decay: float = 0.85
     mode: Mode = "revivable"
 
-    __post_init__ = Adaptive.__post_init__
-
 
 @spec
 class Fisher(Adaptive):
@@ -36,7 +35,6 @@ class Fisher(Adaptive):
     """
 
     basis: Basis = "singular"
-    __post_init__ = Adaptive.__post_init__
 
 
 @spec
@@ -51,7 +49,6 @@ class Norm(Adaptive):
     """
 
     importance: Name = "norm"
-    __post_init__ = Adaptive.__post_init__
 
 
 @spec
@@ -70,7 +67,6 @@ class Squeeze(Adaptive):
     begin: int | float = 0.9
     end: int | float = 0.9
     mode: Mode = "squeezed"
-    __post_init__ = Adaptive.__post_init__
 
 
 @spec
@@ -78,7 +74,6 @@ class Random(Adaptive):
     """Prunes at random, on the same schedule: what pruning alone does, a control."""
 
     importance: Name = "random"
-    __post_init__ = Adaptive.__post_init__
 
 
 @spec
@@ -103,7 +98,15 @@ class EVA(Adaptive):
     end: int | float = 0
     rho: float | None = 2.0
     directions: bool = True
-    __post_init__ = Adaptive.__post_init__
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.directions and self.importance != "variance":
+            raise BadInput(
+                "ranks.directions = true starts `a` as the directions that "
+                "ranks.importance = 'variance' finds, and the importance is "
+                f"{self.importance!r}: set ranks.directions=false"
+            )
 
 
 @spec
@@ -122,7 +125,6 @@ class Growth(Adaptive):
     selector: Selector = "grow"
     schedule: Shape = "staircase"
     start: float | None = 0.5
-    __post_init__ = Adaptive.__post_init__
 
 
 @spec
@@ -132,12 +134,12 @@ class EffectiveRank(Adaptive):
     r_l = kappa exp(entropy of its singular values), projected on the budget, where
     kappa cancels; with importance=stable_rank, sum s^2 / s_1^2 instead of the
     exponential. Knows nothing of which layer matters. Every event may move ranks both
-    ways; a layer with a rank of one cannot show that it needs two, so minima of two
-    keep it able to.
+    ways, with two exceptions: a layer with a rank of one cannot show that it needs two,
+    and one of rank zero has nothing to show, and never returns. Minima of two
+    (`ranks.bounds`) keep layers able to.
     """
 
     importance: Name = "effective_rank"
     selector: Selector = "proportional"
     schedule: Shape = "constant"
     start: float | None = 1.0
-    __post_init__ = Adaptive.__post_init__

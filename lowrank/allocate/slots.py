@@ -41,12 +41,11 @@ class Competitor:
     Attributes:
       path: Its name.
       max_rank: Components held for each of its layers; none competes if it is 0.
-      cost: Parameters of one component of one layer, d_in + d_out.
+      cost: Parameters of one component of one layer; of LoRA, d_in + d_out.
       ranks: Rank of every layer under the rules, or one number for all of them.
       stack: Shape of the stack; () for a single layer.
       names: A name per layer, as `adapt.Site.layer_paths` gives them; by default the
         path with the layer's number.
-      flops: Forward FLOPs of one component of one layer.
       least, most: Smallest and largest rank, of all layers or layer by layer; `most`
         is `max_rank` by default.
       group: Layers of equal place in sites of one group get equal ranks.
@@ -58,7 +57,6 @@ class Competitor:
     ranks: int | tuple[int, ...]
     stack: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
-    flops: float = 0.0
     least: int | tuple[int, ...] = 0
     most: int | tuple[int, ...] | None = None
     group: str | None = None
@@ -88,7 +86,7 @@ class Slots:
       competitors: The sites, in the order of the vector.
       names: A name per layer.
       layer, position: Of each component: its layer, and its number within it.
-      cost, flops: Of one component of each layer.
+      cost: Of one component of each layer.
       ranks, least, most: Of each layer.
       group: Of each layer.
       seat_group, seat_position: A seat is the p-th best component of every layer of a
@@ -120,7 +118,6 @@ class Slots:
             )
         self.ranks, self.least, self.most = map(join, ("ranks", "least", "most"))
         self.cost = repeat(np.array([one.cost for one in self.competitors], np.int64))
-        self.flops = repeat(np.array([one.flops for one in self.competitors], float))
         self.held = repeat(np.array([one.max_rank for one in self.competitors], int))
         layers = np.arange(len(self.names), dtype=np.int32)
         self.layer = np.repeat(layers, self.held)
@@ -209,10 +206,6 @@ class Slots:
         """What ranks, one per layer, count."""
         return int((ranks * (1 if unit == "components" else self.cost)).sum())
 
-    def flops_of(self, ranks: np.ndarray) -> float:
-        """Forward FLOPs of corrections of these ranks, one per layer."""
-        return float((ranks * self.flops).sum())
-
     def flat(self, parts: Mapping[str, Array]) -> Float[Array, " components"]:
         """Joins arrays of shape (*stack, max_rank), as the gates are, to one vector."""
         if missing := [path for path in self.paths if path not in parts]:
@@ -277,6 +270,12 @@ class Slots:
                     f"{self.num_layers} layers that compete. Nearest: "
                     f"{nearest(name, {*self.names, *sites})}"
                 )
+            whole = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
+            if not whole or rank < 0:
+                raise BadInput(
+                    f"the rank of {name!r} is {rank!r}: give a whole number of at "
+                    "least 0"
+                )
             for layer in sites.get(name, (name,)):
                 if layer in found:
                     raise BadInput(
@@ -302,8 +301,8 @@ class Slots:
             if not low <= rank <= high:
                 raise BadInput(
                     f"{where}: {name!r} has rank {rank}, which is not between its "
-                    f"minimum {low} and its maximum {high}; change the rank, or "
-                    "ranks.bounds and ranks.max_rank"
+                    f"minimum {low} and its maximum {high}; change the rank or, where "
+                    "ranks move, ranks.bounds and ranks.max_rank"
                 )
         low, high = (self.by_group(ranks, f) for f in (np.minimum, np.maximum))
         for group in np.flatnonzero(low != high):
@@ -314,7 +313,12 @@ class Slots:
             )
 
     def check_budget(
-        self, budget: int, unit: Unit, where: str, most: np.ndarray | None = None
+        self,
+        budget: int,
+        unit: Unit,
+        where: str,
+        most: np.ndarray | None = None,
+        remedy: str = "ranks.budget, ranks.bounds or ranks.max_rank",
     ) -> None:
         """Raises BadInput if no ranks within the bounds suit a budget."""
         least, top = self.group_bounds(self.least, self.most if most is None else most)
@@ -324,7 +328,7 @@ class Slots:
             raise BadInput(
                 f"{where} = {budget} {unit} is out of reach: the minimum ranks of "
                 f"{self.num_layers} layers take {low}, the maximum ranks {high}. "
-                "Change the budget, ranks.bounds or ranks.max_rank"
+                f"Change {remedy}"
             )
 
 

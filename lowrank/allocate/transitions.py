@@ -17,7 +17,6 @@ Factors are arrays (*stack, max_rank, ...), gates (*stack, max_rank).
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +29,11 @@ from lowrank.core.keys import numbered_keys
 Factors = Mapping[str, Array]
 
 
-class Change(NamedTuple):
-    """What an event did to the components of a site."""
-
-    born: Bool[Array, "*stack max_rank"]
-    died: Bool[Array, "*stack max_rank"]
-    open: Bool[Array, "*stack max_rank"]
-
-
-def change(
+def births(
     old: Float[Array, "*stack max_rank"], new: Float[Array, "*stack max_rank"]
-) -> Change:
-    """Compares gates before and after an event."""
-    was, now = old != 0, new != 0
-    return Change(born=now & ~was, died=was & ~now, open=now)
+) -> Bool[Array, "*stack max_rank"]:
+    """Which components an event opened, from the gates before and after it."""
+    return (new != 0) & (old == 0)
 
 
 def over(mask: Bool[Array, "*stack max_rank"], x: Array) -> Array:

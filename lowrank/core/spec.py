@@ -28,8 +28,11 @@ _FLAX_FIELDS = frozenset({"parent", "name"})
     frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
 )
 def spec(cls: type[_T]) -> type[_T]:
-    """Makes `cls` a frozen, keyword-only dataclass that checks its field types."""
-    own = cls.__dict__.get("__post_init__")
+    """Makes `cls` a frozen, keyword-only dataclass that checks its field types.
+
+    What a parent checks in `__post_init__` is checked of a child without one, too.
+    """
+    own: Any = getattr(cls, "__post_init__", None)
 
     def __post_init__(self) -> None:
         check_fields(type(self), _values(self))

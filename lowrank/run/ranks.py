@@ -3,6 +3,7 @@
 `allocate` knows layouts and `adapt` knows sites; here the one becomes the other.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from lowrank.adapt.rules import AnyRule, Rule, Train
 from lowrank.allocate import allocation as allocations
 from lowrank.allocate.adaptive import Adaptive, Allocator
 from lowrank.allocate.fixed import Uniform
-from lowrank.allocate.signals import ONCE
 from lowrank.allocate.slots import Competitor, Slots
 from lowrank.core.arrays import Dials
 from lowrank.core.errors import BadInput, NonFinite
@@ -21,17 +21,14 @@ from lowrank.io.history import MOVES_SCHEMA
 from lowrank.run.bounds import Bounds
 from lowrank.train.ablation import ablation
 from lowrank.train.losses import Loss
-from lowrank.train.probes import OF_INPUTS, OF_PASS
+from lowrank.train.probes import OF_INPUTS
 from lowrank.train.ranks import Gauge, RankEvents
 from lowrank.train.state import TrainState
 
 #: Signals that a step can measure of corrections which are sums of thin products.
 _OF_SIZE = frozenset({"norms", "spectrum"}) | OF_INPUTS
-#: Signals that the step comes by.
-_OF_STEP = frozenset({"gradients"}) | OF_PASS
 #: Signals for which the model runs once more.
 _APART = frozenset({"ablation"})
-MEASURED = frozenset({"factors"}) | _OF_STEP | _OF_SIZE | _APART | ONCE
 
 
 def slots_of(
@@ -72,15 +69,25 @@ def slots_of(
             Competitor(
                 path=path,
                 max_rank=held(path),
-                cost=site.d_in + site.d_out,
+                cost=_cost(adapted, path),
                 ranks=ranks,
                 stack=site.stack_shape,
                 names=site.layer_paths,
-                flops=site.flops_per_rank / site.num_layers,
                 most=tuple(top if rank else 0 for rank in ranks),
             )
         )
     return Slots(bounds.on(found))
+
+
+def _cost(adapted: Adapted, path: str) -> int:
+    """Parameters of one component of one layer."""
+    site = adapted.sites[path]
+    sizes = {"rank": 1, "stack": 1, "in": site.d_in, "out": site.d_out}
+    return sum(
+        math.prod(sizes[role] for role in dict.fromkeys(roles))
+        for roles in adapted.roles()[path].values()
+        if "rank" in roles
+    )
 
 
 def gauges(model: Callable[..., Any], loss: Loss) -> dict[str, Gauge]:
@@ -114,8 +121,6 @@ def rank_events(
     """
     each = [one.on(own, num_steps) for one, own in zip(allocators, slots, strict=True)]
     whole, constants = allocations.pack(each)
-    where = f"the {len(adapted.sites)} corrections of this model in training"
-    whole.check_available(MEASURED, where)
     if whole.needs & OF_INPUTS:
         _check_watched(adapted)
     if whole.program.squeezed:
@@ -126,7 +131,7 @@ def rank_events(
         zeroed={path: _zeroed(adapted, path) for path in adapted.sites},
         thin=adapted.thin() if whole.needs & _OF_SIZE else {},
         roles=adapted.roles(),
-        gauge=next((gauges[name] for name in whole.needs & _APART), None),
+        gauge=next((gauges[name] for name in sorted(whole.needs & _APART)), None),
     )
 
 
@@ -280,6 +285,15 @@ def _check_watched(adapted: Adapted) -> None:
                 f"the correction of {path!r} by {type(recipe).__name__} has no dial "
                 "'gram', by which its inputs in rank space are measured: set another "
                 "ranks.importance, or correct the weight with LoRA"
+            )
+        site = adapted.sites[path]
+        odd = [use.primitive for use in site.uses if use.kind != "dot"]
+        if odd or {use.contracted for use in site.uses} != {site.ins}:
+            how = ", ".join(odd) or "products on both of its sides"
+            raise BadInput(
+                f"{path!r} is used by {how}, of which the inputs in rank space cannot "
+                "be measured: leave it out (delta.targets), or set another "
+                "ranks.importance"
             )
 
 

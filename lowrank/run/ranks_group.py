@@ -6,6 +6,7 @@ for given ranks `from`, the run that left them.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lowrank.allocate.adaptive import Adaptive, Allocator
 from lowrank.allocate.catalogue import CATALOGUE
 from lowrank.allocate.fixed import Uniform
 from lowrank.allocate.schedules import window
+from lowrank.allocate.selectors import GAINING, SELECTORS
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.core.spec import build, fields_of
 from lowrank.io.files import local_path
@@ -25,6 +27,8 @@ from lowrank.run.bounds import Bounds, bounds
 RANKS = "ranks.yaml"
 #: Components held while ranks move, as a multiple of the rank.
 _ROOM = 2
+#: Selectors under which no layer gains.
+_PRUNING = {*SELECTORS} - GAINING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Ranks:
 
     Attributes:
       allocator: Whose choice they are.
-      max_rank: Components that a layer holds while ranks move; twice its rank if None.
+      max_rank: Components that a layer holds while ranks move; if None twice its rank,
+        or `rho` times where that is more, and where ranks only fall no more than the
+        first budget opens.
       bounds: Of single layers, and which have equal ranks.
     """
 
@@ -69,9 +75,18 @@ class Ranks:
 
     def held(self, rank: int) -> int | None:
         """Components that a layer of this rank holds; None: so many as its rank."""
-        if not self.move:
+        one = self.allocator
+        if not isinstance(one, Adaptive):
             return None
-        return _ROOM * rank if self.max_rank is None else self.max_rank
+        if self.max_rank is not None:
+            return self.max_rank
+        room: float = _ROOM
+        if one.rho is not None:
+            room = max(_ROOM, one.rho)
+        elif one.start is not None and one.selector in _PRUNING and one.budget is None:
+            # What no budget ever opens need not be held.
+            room = min(_ROOM, max(one.start, 1.0))
+        return math.ceil(room * rank)
 
 
 def filled(group: Any) -> dict[str, Any]:

@@ -160,7 +160,9 @@ def transformation(
         steps.append(optax.clip_by_global_norm(constants["clip"]))
     steps += [
         _adam(constants, active, roles if ages else None),
-        optax.add_decayed_weights(constants["weight_decay"], mask=_matrices),
+        optax.add_decayed_weights(
+            constants["weight_decay"], mask=lambda trained: _matrices(trained, roles)
+        ),
         optax.stateless(
             lambda u, _: only(active, _scale_whole(u, constants["head_ratio"]))
         ),
@@ -206,8 +208,21 @@ def _adam(
     return optax.GradientTransformation(inner.init, update)
 
 
-def _matrices(trained: Trained) -> Trained:
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, trained)
+def _matrices(trained: Trained, roles: Roles) -> Trained:
+    """What decays: of a factor its roles decide, whether or not layers are stacked."""
+
+    def is_matrix(path: str, name: str, leaf: Array) -> bool:
+        own = roles.get(path, {}).get(name)
+        if own is None:
+            return leaf.ndim >= 2
+        return len({*own} & {"rank", "in", "out"}) >= 2
+
+    return {
+        path: {name: is_matrix(path, name, leaf) for name, leaf in own.items()}
+        if isinstance(own, Mapping)
+        else jax.tree.map(lambda leaf: leaf.ndim >= 2, own)
+        for path, own in trained.items()
+    }
 
 
 def _scale_whole(updates: Any, ratio: Array) -> Any:

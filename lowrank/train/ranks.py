@@ -197,7 +197,7 @@ class RankEvents:
         }
         if self.births:
             born = {
-                path: transitions.change(own["gates"][path], gate).born
+                path: transitions.births(own["gates"][path], gate)
                 for path, gate in found["gates"].items()
             }
             found["trained"] = {
@@ -284,7 +284,8 @@ class RankEvents:
             found["factors"] = {path: trained[path] for path in slots.paths}
         if "gradients" in needs:
             found["gradients"] = {p: seen["gradients"][p] for p in slots.paths}
-        found |= {name: slots.flat(seen[name]) for name in needs & OF_EXAMPLES}
+        # In one order always: programs of several processes must be one.
+        found |= {name: slots.flat(seen[name]) for name in sorted(needs & OF_EXAMPLES)}
         of_size: dict[str, Callable[[Mapping[str, Terms]], Mapping[str, Array]]] = {
             "norms": lambda sites: {p: signals.norms(t) for p, t in sites.items()},
             "spectrum": signals.spectra,
@@ -293,7 +294,7 @@ class RankEvents:
                 for p, t in sites.items()
             },
         }
-        for name in of_size.keys() & needs:
+        for name in sorted(of_size.keys() & needs):
             sites = {
                 p: thin.terms(trained[p], dials[p]) for p, thin in self.thin.items()
             }

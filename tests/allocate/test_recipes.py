@@ -12,7 +12,7 @@ from lowrank.allocate import adaptive
 from lowrank.allocate.importance import IMPORTANCES
 from lowrank.allocate.normalisers import NORMALISERS
 from lowrank.allocate.schedules import SHAPES, STAIRCASE
-from lowrank.allocate.selectors import GAINING, SELECTORS
+from lowrank.allocate.selectors import SELECTORS
 from lowrank.allocate.slots import Competitor, Slots
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.core.spec import digest
@@ -140,7 +140,8 @@ def test_a_budget_of_parameters_is_kept_in_parameters():
 
 WRONG = [
     ("fisher", {"budget": 17}, "take 0, the maximum ranks 16"),
-    ("fisher", {"start": 3.0}, "the first budget = 24"),
+    ("fisher", {"start": 3.0}, "the first budget = 24.*Change ranks.start, ranks.b"),
+    ("fisher", {"rho": 1.2, "start": 1.8}, "or raise ranks.rho"),
     ("fisher", {"start": 0.5}, "only prunes"),
     ("fisher", {"budget": 16}, "there are no more"),
     ("fisher", {"end": 40}, "run of 40"),
@@ -148,7 +149,7 @@ WRONG = [
     ("fisher", {"begin": 0, "end": 0}, "before the first step"),
     ("fisher", {"measure_every": 0}, "measured in training"),
     ("fisher", {"measure_every": 6}, "ranks.measure_every = 6"),
-    ("fisher", {"decay": 1.0}, r"ranks.decay = 1\.0"),
+    ("fisher", {"decay": 1.0}, r"ranks.decay = 1\.0 .* at least 0 and below 1"),
     ("fisher", {"rho": 0.5}, r"ranks.rho = 0\.5"),
     ("fisher", {"budget": 0}, "ranks.budget = 0"),
     ("fisher", {"importance": "fischer"}, "importance must be"),
@@ -166,6 +167,10 @@ WRONG = [
     ("growth", {"budget": 4}, "'l[0-3]' would begin without any"),
     ("given", {"ranks": {**NAMED, "l9": 1}}, "'l9'.*Nearest: 'l"),
     ("given", {"ranks": {**NAMED, "l0": 5}}, "'l0' has rank 5"),
+    ("given", {"ranks": {**NAMED, "l1": 2.7}}, "the rank of 'l1' is 2.7: give a whole"),
+    ("given", {"ranks": {**NAMED, "l1": True}}, "the rank of 'l1' is True"),
+    ("given", {"ranks": {**NAMED, "l1": -1}}, "the rank of 'l1' is -1"),
+    ("shuffled", {"ranks": {**NAMED, "l1": "many"}}, "the rank of 'l1' is 'many'"),
     ("shuffled", {"ranks": dict.fromkeys(NAMED, 2)}, "no shuffle"),
     ("uniform", {"budget": 99}, "= 99 components is out of reach"),
     ("ramp", {"ratio": 0.0}, "ranks.ratio"),
@@ -224,5 +229,8 @@ def test_a_config_may_name_what_there_is_and_nothing_else(names, table):
     assert list(get_args(names)) == [*table]
 
 
-def test_what_gains_is_a_selector():
-    assert {*SELECTORS} > GAINING
+def test_eva_without_directions_may_go_by_another_importance():
+    for name in ("first_gradient", "norm"):
+        with pytest.raises(BadInput, match=r"set ranks\.directions=false"):
+            allocator("eva", importance=name)
+        assert not allocator("eva", importance=name, directions=False).directions

@@ -50,11 +50,6 @@ def test_ranks_are_counted_layer_by_layer_under_vmap():
     assert slots.spent(slots.ranks, "parameters") == 60 + 7 + 16
 
 
-def test_flops_are_those_of_open_components():
-    slots = equal(3, flops=2.5)
-    assert slots.flops_of(np.array([1, 0, 4])) == 12.5
-
-
 def test_a_shape_that_does_not_fit_is_named():
     slots = layout()
     parts = gates_of(slots, np.random.default_rng(0))

@@ -41,6 +41,18 @@ class Lid:
 CATALOGUE = {"pot": Pot}
 
 
+def test_what_a_parent_checks_is_checked_of_its_children():
+    @spec
+    class Pastry(Cook):
+        sugar: int = 1
+
+    assert Pastry(sugar=2).pinches == 2
+    with pytest.raises(BadInput, match="pinches"):
+        Pastry(pinches=-1)
+    with pytest.raises(BadInput, match=r"Pastry\.sugar must be int"):
+        Pastry(sugar="much")
+
+
 def test_a_spec_is_frozen_and_keyword_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Pot(litres=1.0).litres = 2.0

@@ -71,6 +71,24 @@ def test_decay_is_decoupled_and_spares_vectors():
     np.testing.assert_array_equal(moved["bias"], 1.0)
 
 
+@pytest.mark.parametrize("stack", [(), (4,)])
+def test_factors_decay_by_what_their_axes_are_for_stacked_or_not(stack):
+    roles = {
+        "a": ("rank", "in"), "b": ("rank", "out"), "diagonal": ("rank",),
+        "magnitude": ("out",),
+    }  # fmt: skip
+    own = {name: ("stack",) * len(stack) + one for name, one in roles.items()}
+    tree = {"site": {n: jnp.ones(stack + (2,) * len(r)) for n, r in roles.items()}}
+    optim = AdamW(lr=0.1, warmup=0.0, schedule="constant", weight_decay=0.5)
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    tx = transformation(optim, constants(optim), 10, roles={"site": own})
+    moved = run(tx, zeros, tree, steps=1)["site"]
+    for name in ("a", "b"):
+        np.testing.assert_allclose(moved[name], 0.95, rtol=1e-6)
+    for name in ("diagonal", "magnitude"):
+        np.testing.assert_array_equal(moved[name], 1.0)
+
+
 def test_whole_weights_have_a_rate_of_their_own():
     kw = {"warmup": 0.0, "schedule": "constant", "clip": None}
     plain, own = AdamW(lr=1e-2, **kw), AdamW(lr=1e-2, head_lr=3e-2, **kw)

@@ -338,7 +338,7 @@ def test_the_history_tells_what_each_event_added(allocator):
     assert (gains == 0) == (allocator.selector == "top" and allocator.mode == "hard")
 
 
-@pytest.mark.slow  # Runs show it, in tests/run/test_rank_runs.py.
+@pytest.mark.slow  # The replay of a Fisher pack in test_probes.py has two schedules.
 def test_a_pack_of_other_schedules_is_each_alone():
     other = {"begin": 4, "end": 13, "every": 4, "schedule": "linear", "decay": 0.5}
     one, two = Norm(**WINDOW), Norm(**{**WINDOW, **other})
