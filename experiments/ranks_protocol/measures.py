@@ -58,9 +58,11 @@ class Budgets:
 
     Attributes:
       final_components, final_parameters: Open at the end.
-      average_components: Open in a step, on average over all steps.
-      open_flops: Matrix FLOPs of the training if only open components are computed.
-      held_flops: As it is computed: shut components too, without what measurements
+      average_components: Kept in a step, on average over all steps; where losers may
+        come back, more are open than are kept.
+      open_flops: Matrix FLOPs of the corrected weights in the training, if only kept
+        components are computed. What the base does between them counts in no arm.
+      held_flops: As they are computed: shut components too, without what measurements
         take, which `experiments.bench.ranks` times.
     """
 

@@ -12,7 +12,7 @@ import numpy as np
 from experiments.ranks_protocol import verdicts
 from experiments.ranks_protocol.arms import BASELINE, ORACLE
 from experiments.ranks_protocol.settings import Protocol, shown
-from experiments.ranks_protocol.training import SCHEMA
+from experiments.ranks_protocol.training import SCHEMA, code
 from experiments.ranks_protocol.verdicts import Records, Study
 from lowrank.evaluate.compare import Comparison
 from lowrank.io.files import write_atomically
@@ -20,7 +20,7 @@ from lowrank.io.files import write_atomically
 HEADINGS = (
     "arm", "rate", "error", "to uniform [95 %]", "p (Holm)", "verdict",
     "to oracle [95 %]", "misallocation", "Spearman", "components, final",
-    "average", "FLOPs of uniform, open", "as run", "seeds",
+    "average", "FLOPs of uniform in corrected weights, open", "as run", "seeds",
 )  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def results(study: Study, protocol: Protocol) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "protocol": shown(protocol),
+        "code": code(),
         "seconds": sum(seconds),
         "processors": os.cpu_count(),
         "outcomes": [dataclasses.asdict(one) for one in asked],

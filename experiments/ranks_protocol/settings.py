@@ -35,6 +35,14 @@ class Wanted:
     equivalence: float = 0.02
     points: float = 0.01
 
+    def __post_init__(self) -> None:
+        for name in ("oracle", "misallocation", "equivalence", "points"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise BadInput(
+                    f"wanted.{name} = {value} is a margin: give a positive number"
+                )
+
 
 @spec
 class RealPart:

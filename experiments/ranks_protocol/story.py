@@ -75,7 +75,7 @@ def arms(found: Found, task: str) -> pd.DataFrame:
                 "misallocation": row["misallocation"]["estimate"],
                 "components, final": row["final_components"],
                 "components, average": row["average_components"],
-                "FLOPs of uniform": row["open_flops"],
+                "FLOPs of uniform in corrected weights": row["open_flops"],
             }
         )
     return pd.DataFrame(rows).set_index("arm")

@@ -29,6 +29,7 @@ from experiments.ranks_protocol.training import (
     SCHEMA,
     Record,
     Trial,
+    code,
     failed,
     slots_for,
     train,
@@ -201,28 +202,31 @@ def _trials(
     records: Mapping[str, Sequence[Record]],
     best: Mapping[str, float],
 ) -> list[Trial]:
-    """Every arm x rate x seed; arms that take ranks take those of the same seed."""
+    """Every arm x rate x seed; arms that take ranks take those of the same seed.
+
+    Where those failed there is nothing to take, and the trial has no allocator.
+    """
     found = []
     for arm, own in rates.items():
         needs = ARMS[arm].needs
         for seed in seeds:
-            ranks = None
-            if needs is not None:
-                ranks = _ranks(records[needs], seed, best[needs])
+            ranks = needs and _ranks(records[needs], seed, best[needs])
             for rate in own:
-                made = _allocator(task, arm, seed, protocol, ranks)
+                made = None
+                if needs is None or ranks is not None:
+                    made = _allocator(task, arm, seed, protocol, ranks)
                 found.append(Trial(arm, seed, rate, made))
     return found
 
 
-def _ranks(records: Sequence[Record], seed: int, rate: float) -> Mapping[str, int]:
+def _ranks(
+    records: Sequence[Record], seed: int, rate: float
+) -> Mapping[str, int] | None:
+    """The ranks that an arm ended with; None if it failed."""
     for one in records:
-        if (one["seed"], one["rate"]) == (seed, rate) and one["ranks"] is not None:
+        if (one["seed"], one["rate"]) == (seed, rate):
             return one["ranks"]
-    raise NonFinite(
-        f"{records[0]['arm']} was not trained to its end with seed {seed}, and other "
-        "arms take its ranks; give smaller rates, or leave these arms out"
-    )
+    return None
 
 
 def _allocator(
@@ -275,13 +279,16 @@ def packs(
     for trial in trials:
         place = task.place(trial.seed, protocol)
         alone = trial.arm if task.apart else None
-        key = all_arms.program(trial.allocator), place, alone
+        key = all_arms.program(trial.choice), place, alone
         groups.setdefault(key, []).append(trial)
     yield from groups.values()
 
 
 def _impossible(task: Task, trial: Trial, protocol: Protocol) -> str | None:
-    """Why a trial cannot be: ranks that are all alike have no other order."""
+    """Why a trial cannot be: ranks that are all alike have no other order, and those
+    of a trial that failed are none."""
+    if trial.allocator is None:
+        return f"{ARMS[trial.arm].needs}, whose ranks it takes, failed with this seed"
     if not isinstance(trial.allocator, Shuffled):
         return None
     try:
@@ -302,9 +309,10 @@ def _stored(
     the seconds that it took, which are beside them: records of two runs are equal."""
     identity = {
         "schema": SCHEMA,
+        "code": code(),
         "task": task.identity,
         "training": protocol.training,
-        "trials": [[t.arm, t.seed, t.rate, digest(t.allocator)] for t in pack],
+        "trials": [[t.arm, t.seed, t.rate, digest(t.choice)] for t in pack],
     }
     own = folder / digest(identity, 12)
     files = [own / trial.file for trial in pack]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.ranks_protocol import measures
@@ -11,7 +12,9 @@ from experiments.ranks_protocol.settings import Protocol
 from experiments.ranks_protocol.tasks import Task
 from lowrank.allocate.adaptive import Allocator
 from lowrank.core.errors import NonFinite
+from lowrank.core.spec import digest
 from lowrank.run.fit import Fit, fit
+from lowrank.run.prepare import code_fingerprint
 from lowrank.run.ranks import final, slots_of
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import LoopSpec
@@ -26,19 +29,33 @@ _TICKS = 20
 slots_for = functools.lru_cache(maxsize=32)(slots_of)
 
 
+@functools.cache
+def code() -> str:
+    """sha256 over the sources of the package and of the protocol: records made by other
+    code are not taken for this one's."""
+    own = code_fingerprint(), code_fingerprint(Path(__file__).parent)
+    return digest(list(own))
+
+
 @dataclasses.dataclass(frozen=True)
 class Trial:
     """One training.
 
     Attributes:
       arm, seed, rate: Its place in the protocol.
-      allocator: How its ranks are chosen.
+      allocator: How its ranks are chosen; None if that is not known.
     """
 
     arm: str
     seed: int
     rate: float
-    allocator: Allocator
+    allocator: Allocator | None
+
+    @property
+    def choice(self) -> Allocator:
+        """How its ranks are chosen, where that is known."""
+        assert self.allocator is not None, "the study leaves such trials out"
+        return self.allocator
 
     @property
     def file(self) -> str:
@@ -71,7 +88,7 @@ def train(
             task.batches(seeds, protocol),
             loss=task.loss,
             optim=[AdamW(lr=trial.rate, **constant) for trial in pack],
-            ranks=[trial.allocator for trial in pack],
+            ranks=[trial.choice for trial in pack],
             seeds=seeds,
             loop=LoopSpec(log_every=every, checkpoint_every=protocol.steps),
             non_finite=NonFinitePolicy(action="halt"),
@@ -113,7 +130,7 @@ def _record(
             "misallocation": measures.misallocation(ranks, truth, price),
             "rank_correlation": measures.rank_correlation(ranks, truth),
         }
-    spent = measures.budgets(steps, adapted, trial.allocator, protocol.batch_size)
+    spent = measures.budgets(steps, adapted, trial.choice, protocol.batch_size)
     return {
         **_base(task, trial),
         "error": error,

@@ -23,6 +23,8 @@ from lowrank.allocate.fixed import Given, Uniform
 from lowrank.core.errors import BadInput, NonFinite, UnknownName
 from lowrank.run.door import CONF, resolve
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
 TASK = TASKS["heterogeneous"]
@@ -211,8 +213,44 @@ def test_who_takes_the_ranks_of_others_gets_those_of_its_seed(settings):
     assert [trial.allocator for trial in made] == [
         Given(ranks=own) for own in ranks.values()
     ]
-    with pytest.raises(NonFinite, match="fisher was not trained to its end"):
-        study._ranks(records["fisher"], 2000, 0.3)
+
+
+def test_a_seed_whose_ranks_failed_is_left_out_and_named(settings, tmp_path):
+    """The other seeds of the arm that takes them are trained and told."""
+    lost = {"arm": "fisher", "seed": 2000, "rate": 0.2, "ranks": None}
+    kept = {**lost, "seed": 2001, "ranks": {"layer0/kernel": 1}}
+    made = study._trials(
+        TASK, {"retrain": [0.5]}, [2000, 2001], settings, {"fisher": [lost, kept]},
+        {"fisher": 0.2},
+    )  # fmt: skip
+    assert [trial.allocator for trial in made] == [None, Given(ranks=kept["ranks"])]
+    found = study._trained(
+        TASK, made[:1], settings, tmp_path, lambda text, steps: None, [], ""
+    )
+    (one,) = found["retrain"]
+    assert one["error"] is None
+    assert "fisher, whose ranks it takes, failed" in one["failed"]
+
+
+def test_records_of_other_code_are_not_taken(settings, tmp_path, monkeypatch):
+    trained = []
+
+    def train(task, pack, protocol, tick):
+        trained.append(len(pack))
+        return [training.failed(task, trial, "not here") for trial in pack]
+
+    monkeypatch.setattr(study, "train", train)
+    allocator = ARMS["uniform"].allocator(
+        Place(training.slots_for(TASK.model(2000, settings)), 16, "components", None,
+        None, 2000), settings,
+    )  # fmt: skip
+    pack = [training.Trial("uniform", 2000, 0.01, allocator)]
+    again = lambda: study._stored(TASK, pack, settings, tmp_path, lambda steps: None)
+    assert again() == again()
+    assert trained == [1]
+    monkeypatch.setattr(study, "code", lambda: "other")
+    again()
+    assert trained == [1, 1]
 
 
 def test_equal_ranks_have_no_shuffle_and_the_seed_is_left_out(settings, tmp_path):

@@ -14,6 +14,8 @@ from experiments.ranks_protocol.teachers import EQUAL, MIXED, WIDTH, Family
 from experiments.ranks_protocol.training import slots_for
 from lowrank.core.errors import BadInput
 
+pytestmark = pytest.mark.long
+
 FAMILIES = {name: task.family for name, task in TASKS.items()}
 
 
