@@ -238,5 +238,5 @@ def test_defaults_in_files_are_the_defaults_in_code():
 
 
 def test_doors_name_files_that_are_there():
-    for door in ("train", "evaluate", "merge", "demo", "sites", "report"):
+    for door in ("train", "evaluate", "merge", "truncate", "demo", "sites", "report"):
         assert callable(importlib.import_module(f"experiments.{door}").main)
