@@ -120,7 +120,6 @@ def windows(
     length: int,
     *,
     begin: int | None = None,
-    end: int | None = None,
 ) -> tuple[Spoken, tuple[str, ...], tuple[str, ...]]:
     """Documents as tokens, in windows of at most `length` predicted tokens.
 
@@ -129,7 +128,6 @@ def windows(
       rows: The documents.
       length: Most tokens that a window predicts.
       begin: The token that every text begins with; None: none does.
-      end: The token that ends a document; None: none does.
 
     Returns:
       The windows, their names, and the group of each: its document, and those that
@@ -142,12 +140,11 @@ def windows(
     ids: list[str] = []
     groups: list[str] = []
     first = [] if begin is None else [begin]
-    last = [] if end is None else [end]
     # The windows of a document depend on each other.
     documents = zip(rows.ids, rows.texts, rows.groups or rows.ids, strict=True)
     for name, text, group in documents:
         own = tokenizer.encode(text, add_special_tokens=False).ids
-        whole = np.array([*first, *own, *last], np.int32)
+        whole = np.array([*first, *own], np.int32)
         for number, start in enumerate(range(0, len(whole) - 1, length)):
             pieces.append(whole[start : start + length + 1])
             ids.append(f"{name}#{number}")

@@ -112,6 +112,7 @@ def _answering(settings: Settings, base: Language, task: AnswerTask) -> Answerin
         base=base,
         name=task.name,
         fingerprint=task.fingerprint,
+        provenance=task.provenance,
         splits={
             name: Windows(talk.spoken(rows, length), rows.ids, rows.groups)
             for name, rows in task.splits.items()

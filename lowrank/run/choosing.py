@@ -151,6 +151,20 @@ class Choosing(LanguageProblem):
     layouts: Mapping[str, Layout]
 
     @property
+    def checks(self) -> Mapping[str, Any]:
+        """As of `LanguageProblem`, with questions as rows, and their choices."""
+        found = super().checks
+        told = {
+            name: {
+                **found["splits"][name],
+                "rows": len(rows),
+                "choices": sum(map(len, rows.choices)),
+            }
+            for name, rows in self.task.splits.items()
+        }
+        return {**found, "splits": told}
+
+    @property
     def rows(self) -> Mapping[str, int]:
         return {name: len(rows) for name, rows in self.task.splits.items()}
 
@@ -209,6 +223,7 @@ def _choosing(
         base=base,
         name=task.name,
         fingerprint=task.fingerprint,
+        provenance=task.provenance,
         splits=splits,
         known=known_texts(settings, base),
         judge=OfChoices(layouts.get("validation")),

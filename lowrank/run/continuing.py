@@ -49,6 +49,7 @@ def _continuing(settings: Settings, base: Language, task: Task) -> LanguageProbl
         base=base,
         name=task.name,
         fingerprint=task.fingerprint,
+        provenance=task.provenance,
         splits={
             name: windows_of(base, rows, length) for name, rows in task.splits.items()
         },

@@ -110,6 +110,7 @@ class LanguageProblem:
 
     Attributes:
       settings: What was asked for.
+      provenance: See `Problem`.
       splits: The sequences.
       known: Sequences that the base is to go on knowing; None if that is not looked at.
     """
@@ -118,6 +119,7 @@ class LanguageProblem:
     base: Language
     name: str
     fingerprint: str
+    provenance: Mapping[str, Any]
     splits: Mapping[str, Windows]
     known: Windows | None = None
     judge: Judge = OF_TOKENS

@@ -97,6 +97,10 @@ class Pictured:
         return self.task.fingerprint
 
     @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self.task.provenance
+
+    @property
     def rows(self) -> Mapping[str, int]:
         return {name: len(split) for name, split in self.task.splits.items()}
 

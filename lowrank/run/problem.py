@@ -79,6 +79,7 @@ class Problem(Protocol):
       name: What reports call the data.
       fingerprint: sha256 over all of its rows.
       checks: What a look at the data found, as JSON types.
+      provenance: Where the data come from and what was done to them, as JSON types.
       base: The pretrained model.
       rows: How many rows each split has.
       facts: What a result says of the data beyond that, as JSON types.
@@ -94,6 +95,9 @@ class Problem(Protocol):
 
     @property
     def checks(self) -> Mapping[str, Any]: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
 
     @property
     def base(self) -> Base | Language: ...

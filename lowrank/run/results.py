@@ -100,6 +100,7 @@ class Results:
                 **problem.facts,
                 "rows": dict(problem.rows),
                 "checks": problem.checks,
+                "provenance": problem.provenance,
             },
             "scores": scores,
             "steps": ended["step"] if ended else int(state.step),

@@ -55,6 +55,10 @@ class TextProblem:
         return self.task.fingerprint
 
     @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self.task.provenance
+
+    @property
     def rows(self) -> Mapping[str, int]:
         return {name: len(split) for name, split in self.task.splits.items()}
 

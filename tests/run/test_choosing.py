@@ -18,6 +18,8 @@ from lowrank.run.settings import read
 from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 
 def quiz(count=60, seed=0):
     """The color of the question is the right answer."""
@@ -74,6 +76,11 @@ def test_the_right_choice_becomes_the_likeliest(config, place):
     assert test["loss"]["estimate"] < start["loss"]["estimate"]
     assert test["accuracy"]["estimate"] > start["accuracy"]["estimate"]
     assert result["scores"]["test"]["num_rows"] == result["data"]["rows"]["test"]
+    told, rows = result["data"], problem.task.splits["test"]
+    assert told["checks"]["splits"]["test"]["rows"] == len(rows.questions)
+    assert told["checks"]["splits"]["test"]["choices"] == sum(map(len, rows.choices))
+    assert told["provenance"] == json.loads(json.dumps(problem.task.provenance))
+    assert told["provenance"]["source"]
     run = load_run(directory)
     again = judge(run, evaluation=run.settings.evaluate, progress=False)
     for name, value in again["scores"]["test"]["metrics"].items():
