@@ -19,7 +19,7 @@ from lowrank.deltas.lora import LoRA
 from lowrank.io.adapter import Adapter, Correction, spread
 from lowrank.io.decoder_configs import spec_from_config
 from lowrank.io.language import Language
-from lowrank.models.decoder import LanguageModel
+from lowrank.models.decoder import LanguageModel, empty_cache
 from lowrank.models.generation import generate
 from lowrank.run.language import INPUTS
 from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
@@ -194,17 +194,19 @@ class Speaker:
         self._params = _merged(adapted, trained)
         prompts = {"ids": batch["ids"][0], "mask": batch["mask"][0]}
         self._prompts = jax.tree.map(jnp.asarray, prompts)
+        # As with peers, who merge in place: the base's own weights are let go.
+        read, shape, dtype = base.read, base.spec, base.dtype
 
         @jax.jit
         def said(params: Any, prompts: Any) -> Any:
             ids, _ = generate(
-                lambda batch, cache: base.read(params, batch, cache),
+                lambda batch, cache: read(params, batch, cache),
                 prompts,
-                base.cache(setting.batch, 2 * setting.seq),
+                empty_cache(shape, setting.batch, 2 * setting.seq, dtype),
                 steps=setting.seq,
                 # No token ends a row: every arm says as many.
                 end=jnp.zeros((0,), jnp.int32),
-                pad=base.spec.pad_id,
+                pad=shape.pad_id,
             )
             return ids
 

@@ -253,9 +253,19 @@ class LanguageModel(nn.Module):
     def read(
         self, batch: Mapping[str, Any], cache: Cache
     ) -> tuple[Float[Array, "batch seq vocab"], Cache]:
-        """Logits of tokens that follow what the cache holds, and it with these."""
+        """Logits of tokens that follow what the cache holds, and it with these.
+
+        Args:
+          batch: With "at" besides, (batch,): the one place of each row whose logits are
+            wanted, which leaves (batch, 1, vocab); all of them if it is left out.
+          cache: What was read before.
+        """
         hidden, kept = self.decoder(**_inputs(batch, self.spec), cache=cache)
         assert kept is not None
+        if "at" in batch:
+            # Of a prompt, all logits are the largest array by far, and but one is used.
+            at = jnp.asarray(batch["at"])[:, None, None]
+            hidden = jnp.take_along_axis(hidden, at, axis=1)
         return self.logits(hidden), kept
 
     def scores(self, batch: Mapping[str, Any]) -> dict[str, Float[Array, "batch seq"]]:

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lowrank.core.errors import BadInput
 from lowrank.models.decoder import Cache
 
-#: (batch, cache) -> logits of every token, and the cache with them.
+#: (batch, cache) -> logits of every token, or of the places "at" that the batch names,
+#: one per row; and the cache with them.
 Read = Callable[[Mapping[str, Any], Cache], tuple[Array, Cache]]
 #: (logits, a key per row) -> tokens.
 Choose = Callable[
@@ -113,10 +114,10 @@ def generate(
             f"tokens more; make one of {seq + steps}"
         )
     keys = key if key.ndim else jax.vmap(fold, (None, 0))(key, jnp.arange(batch))
-    logits, cache = read(prompts, cache)
     # The last real token, whichever side the padding is on.
     last = seq - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+    logits, cache = read({**prompts, "at": last}, cache)
+    logits = logits[:, 0]
 
     def unfinished(state: tuple) -> Array:
         number, _, ended, *_ = state

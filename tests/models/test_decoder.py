@@ -122,6 +122,18 @@ def test_a_cache_in_pieces_is_the_whole_read_at_once():
     np.testing.assert_array_equal(cache.real[:, :9], mask)
 
 
+def test_a_read_may_be_asked_for_one_place_of_each_row():
+    model, params = model_of()
+    batch, cache = batch_of(), empty_cache(MIXED, 2, 9)
+    read = jax.jit(lambda part: model.apply(params, part, cache, method="read"))
+    whole, kept = read(batch)
+    at = jnp.array([3, 7])
+    found, same = read({**batch, "at": at})
+    assert found.shape == (2, 1, MIXED.vocab_size)
+    np.testing.assert_allclose(found[:, 0], whole[jnp.arange(2), at], atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, kept, same)
+
+
 def test_packed_rows_are_sequences_by_themselves():
     model, params = model_of()
     batch = batch_of()
