@@ -1,4 +1,4 @@
-"""LoRA against the frozen probe: python -m experiments.quality [intents|trec6]
+"""LoRA against the frozen probe: python -m experiments.quality [intents|trec6|digits]
 
 The learning rate is chosen from a grid by validation log loss on one seed, with the
 test split sealed; then each seed is trained once more on train and validation rows
@@ -24,7 +24,7 @@ from lowrank.run.trial import run_trial
 RESULTS = Path(__file__).parent / "results"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
-TASKS = ("intents", "trec6")
+TASKS = ("intents", "trec6", "digits")
 #: Metrics of the table: key, heading, scale.
 SHOWN = (
     ("accuracy", "accuracy, %", 100),
