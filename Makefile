@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 NEWEST ?= python3.13
 
-.PHONY: demo test test-slow test-full test-faults test-engines docs-faults test-newest parity foreign gym docs-models notebooks lint bench bench-sweep bench-decoder bench-gpu clean
+.PHONY: demo test test-long test-slow test-full test-faults test-engines docs-faults test-newest parity foreign gym docs-models notebooks lint bench bench-sweep bench-decoder bench-gpu clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,12 @@ test: $(VENV)/.made
 	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q --durations 25
 
+# Whole runs and packs, as users start them: what changes one of their parts is tried here.
+test-long: $(VENV)/.made
+	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q \
+	-m 'long and not slow and not timing and not faults' --durations 25
+
 # Whole runs, minutes long, of what cheaper tests show in its parts; SLOW names files.
 test-slow: $(VENV)/.made
 	XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/quick_flags.py)" \
@@ -67,7 +73,7 @@ docs-faults: $(VENV)/.made
 
 # The other end of the version range: the newest jax and flax need Python 3.12 or later.
 test-newest:
-	$(MAKE) test PYTHON=$(NEWEST) VENV=.venv-newest
+	$(MAKE) test test-long PYTHON=$(NEWEST) VENV=.venv-newest
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m parity tests/parity

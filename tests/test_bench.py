@@ -19,6 +19,8 @@ from lowrank.core.errors import BadInput
 from lowrank.deltas.lora import LoRA
 from lowrank.train.losses import cross_entropy
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def base():

@@ -6,6 +6,8 @@ from experiments.bench import sweep, sweep_table
 from experiments.bench.grid import RANKS, RATES, SEEDS, Grid
 from lowrank.sweeps.group import Trial, groups
 
+pytestmark = pytest.mark.long
+
 MACHINE = {
     **{"cpu": "any", "num_threads": 2, "num_cpus": 2},
     **{"load_before": 0.0, "load_after": 0.0},

@@ -15,6 +15,8 @@ from lowrank.models import decoder
 from lowrank.models.decoder import LanguageModel, empty_cache
 from lowrank.models.decoder_spec import DecoderSpec
 
+pytestmark = pytest.mark.long
+
 SPEC = DecoderSpec(
     vocab_size=31, d_model=12, num_layers=2, num_heads=4, num_kv_heads=2, d_head=6,
     d_ff=10, max_positions=16, init_stddev=0.4,

@@ -23,6 +23,8 @@ from lowrank.run.stored import load_run, predict
 from lowrank.run.survey import survey
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 SMALL = (
     "experiment=laptop",
     "data.train_rows=null",

@@ -8,6 +8,8 @@ from tiny_run import SMALL
 from lowrank.core.errors import BAD_INPUT
 from lowrank.sweeps.ask import JOURNAL, NAME
 
+pytestmark = pytest.mark.long
+
 SEARCHED = ("optim.lr=tag(log, interval(0.001, 0.5))", "delta.rank=2,4")
 
 

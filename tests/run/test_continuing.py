@@ -12,6 +12,8 @@ from lowrank.run.settings import read
 from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 NAMES = WORDS[23:27]
 
 

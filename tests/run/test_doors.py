@@ -19,6 +19,8 @@ from lowrank.run.door import named_bases
 from lowrank.run.settings import read
 from lowrank.run.stored import load_run, predict
 
+pytestmark = pytest.mark.long
+
 #: A model of a user's own: plain JAX, weights in a list, nothing of this package.
 OWN = """
 import jax, jax.numpy as jnp

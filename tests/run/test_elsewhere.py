@@ -19,6 +19,8 @@ from lowrank.run.packs import run_pack
 from lowrank.sweeps import jobs
 from lowrank.sweeps.engine import Local, work
 
+pytestmark = pytest.mark.long
+
 
 class Elsewhere(Local):
     """An engine of two rooms whose tasks travel as bytes, and run last in, first out.

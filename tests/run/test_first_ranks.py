@@ -26,6 +26,8 @@ from lowrank.train.loop import LoopSpec
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW
 
+pytestmark = pytest.mark.long
+
 STEPS, SEEN = 5, 3
 
 

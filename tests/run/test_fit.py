@@ -20,6 +20,8 @@ from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import AdamW
 from lowrank.train.penalties import Penalties
 
+pytestmark = pytest.mark.long
+
 OPTIM = AdamW(lr=0.01, epochs=2)
 LOOP = LoopSpec(log_every=1, checkpoint_every=4)
 

@@ -34,6 +34,8 @@ from lowrank.sweeps.ask import _tell as tell
 from lowrank.sweeps.load import load_sweep
 from lowrank.sweeps.report import write_report
 
+pytestmark = pytest.mark.long
+
 #: 18 steps, a validation every third, rungs at 3, 6 and 12: 8, 4, 2 trials, and 1.
 RULE = (
     "sweep=halving",

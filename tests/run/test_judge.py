@@ -19,6 +19,8 @@ from lowrank.run.stored import load_run, predict
 from lowrank.run.trial import run_trial
 from lowrank.sweeps.finalists import judge_test
 
+pytestmark = pytest.mark.long
+
 
 def test_a_run_opens_to_the_model_it_judged(finished):
     directory, result = finished

@@ -27,6 +27,8 @@ from lowrank.train.loop import LoopSpec
 from lowrank.train.losses import next_token
 from lowrank.train.optim import AdamW
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

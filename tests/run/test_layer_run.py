@@ -14,6 +14,8 @@ from lowrank.run.settings import read
 from lowrank.run.stored import load_run, predict
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 ARGUMENT = 'delta.ranks={"**/layer[0]/**": 0, "**/layer[-1]/**/{up,down}/kernel": 6}'
 ATTENTION, MLP = [0, 3, 3], [0, 3, 6]
 UP = "encoder/layer/mlp/up/kernel"

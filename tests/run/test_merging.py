@@ -13,6 +13,8 @@ from lowrank.run.merging import in_its_unit, merge_run, write_merged
 from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def pooled(world):

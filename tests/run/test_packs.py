@@ -12,6 +12,8 @@ from lowrank.run.packs import run_pack
 from lowrank.run.settings import read
 from lowrank.run.stored import load_run
 
+pytestmark = pytest.mark.long
+
 #: What sets the trials apart; the first has less of everything.
 DIFFERENT = (
     ["delta.rank=2", "seed=3"],

@@ -23,6 +23,8 @@ from lowrank.run.stored import load_run, predict
 from lowrank.run.survey import survey
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 SMALL = (
     "base.pooling=both", "data=images", "track=local", "data.batching.batch_size=8",
     "optim.epochs=3", "optim.lr=0.02", "evaluate.resamples=50",

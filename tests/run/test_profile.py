@@ -10,6 +10,8 @@ from lowrank.core.errors import BadInput
 from lowrank.run.profile import _own_times, _place
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 STEPS = 4
 
 

@@ -28,6 +28,8 @@ from lowrank.sharding import MeshSpec
 from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import AdamW
 
+pytestmark = pytest.mark.long
+
 OPTIM = AdamW(lr=0.01, epochs=2)
 LOOP = LoopSpec(log_every=1, checkpoint_every=4)
 WINDOW = {"begin": 1, "end": 11, "every": 3, "measure_every": 2}

@@ -12,6 +12,8 @@ from experiments.ranks_protocol.real import Real
 from experiments.ranks_protocol.settings import read
 from lowrank.core.errors import BadInput, UnknownName
 
+pytestmark = pytest.mark.long
+
 WANTED = {
     "oracle": 0.05, "gain": -1.5, "misallocation": 0.02, "no_gain": 0.0,
     "equivalence": 0.02, "points": 0.01,

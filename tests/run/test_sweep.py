@@ -25,6 +25,8 @@ from lowrank.run.packs import pack_memory, run_pack
 from lowrank.sweeps.engine import COMPILED
 from lowrank.sweeps.launch import PACKS
 
+pytestmark = pytest.mark.long
+
 PLACES = {(lr, seed) for lr in (0.1, 0.2) for seed in (1, 2)}
 
 

@@ -9,6 +9,8 @@ from lowrank.io.peft import read_adapter
 from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.slow
 def test_adalora_as_published_is_a_run_like_others(world):

@@ -18,6 +18,8 @@ from lowrank.run.settings import read
 from lowrank.run.stored import load_run, predict
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 #: The number that a text of a kind has, far from zero and of large spread.
 GRADES = {"animal": 1000.0, "color": 1200.0, "weather": 1400.0}
 SMALL = (

@@ -17,6 +17,8 @@ from lowrank.run.settings import read
 from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 SMALL = (
     "base=smollm2",
     "data=reasoning_gym",

@@ -21,6 +21,8 @@ from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import AdamW
 from lowrank.train.penalties import Penalties
 
+pytestmark = pytest.mark.long
+
 STEPS, RUNG = 8, 4
 BATCHING = Batching(batch_size=8, buckets=(8,))
 LOOP = LoopSpec(evaluate_every=2, log_every=1)

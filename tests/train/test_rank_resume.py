@@ -13,6 +13,8 @@ from lowrank.run.fit import fit
 from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import AdamW
 
+pytestmark = pytest.mark.long
+
 WINDOW = {"begin": 2, "end": 10, "every": 2, "measure_every": 1}
 
 

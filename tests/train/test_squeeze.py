@@ -10,6 +10,8 @@ from lowrank.core.errors import BadInput
 from lowrank.deltas.triplet import Triplet
 from lowrank.train.aging import Aged
 
+pytestmark = pytest.mark.long
+
 
 def dense(state, path):
     """Every layer's correction, in NumPy."""
