@@ -76,8 +76,7 @@ class Split:
     def cut(self, count: int, old: Correction) -> Correction:
         """The largest components as balanced factors with the old scale."""
         root = np.sqrt(self.values[:count] / abs(old.scale))[:, None]
-        sign = np.sign(old.scale)
-        a, b = root * self.a[:count], sign * root * self.b[:count]
+        a, b = root * self.a[:count], root * self.b[:count]
         return dataclasses.replace(old, a=a.astype(np.float32), b=b.astype(np.float32))
 
 

@@ -39,7 +39,7 @@ def test_a_birth_changes_no_output_and_no_neighbor():
     rng = np.random.default_rng(0)
     f = factors(rng, 2)
     grown = jnp.maximum(OLD, NEW)
-    born = transitions.change(OLD, grown).born
+    born = transitions.births(OLD, grown)
     new = transitions.reborn(f, born, zeroed="b")
     np.testing.assert_array_equal(change_of(new, grown), change_of(f, OLD))
     for name in f:
@@ -84,7 +84,7 @@ def test_revivable_zeroes_the_value_and_leaves_the_rest():
 
 def test_factors_that_are_not_there_are_named():
     f = factors(np.random.default_rng(5), 2)
-    born = transitions.change(OLD, NEW).born
+    born = transitions.births(OLD, NEW)
     with pytest.raises(BadInput, match="factor 'lam', and the site has a, b"):
         transitions.reborn(f, born, zeroed="lam")
     with pytest.raises(BadInput, match="does not begin with the axes"):
