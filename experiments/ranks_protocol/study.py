@@ -210,7 +210,9 @@ def _trials(
     for arm, own in rates.items():
         needs = ARMS[arm].needs
         for seed in seeds:
-            ranks = needs and _ranks(records[needs], seed, best[needs])
+            ranks = None
+            if needs is not None:
+                ranks = _ranks(records[needs], seed, best[needs])
             for rate in own:
                 made = None
                 if needs is None or ranks is not None:

@@ -208,7 +208,7 @@ def _adam(
     return optax.GradientTransformation(inner.init, update)
 
 
-def _matrices(trained: Trained, roles: Roles) -> Trained:
+def _matrices(trained: Any, roles: Roles) -> Any:
     """What decays: of a factor its roles decide, whether or not layers are stacked."""
 
     def is_matrix(path: str, name: str, leaf: Array) -> bool:
