@@ -14,6 +14,8 @@ from experiments.bench.setting import Setting
 from lowrank.allocate.catalogue import CATALOGUE
 from lowrank.io import hub
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def base():

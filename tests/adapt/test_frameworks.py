@@ -25,6 +25,8 @@ from lowrank.adapt.rules import Freeze, Rule, Train
 from lowrank.core.trees import flatten
 from lowrank.deltas.lora import LoRA
 
+pytestmark = pytest.mark.long
+
 FACTORS = {
     "framework": tuple(BUILDERS),
     "layers": ("unrolled", "scanned"),

@@ -16,6 +16,8 @@ from lowrank.adapt.call import DotCall
 from lowrank.adapt.rules import Rule
 from lowrank.deltas.lora import LoRA
 
+pytestmark = pytest.mark.long
+
 #: Without shrinking: a failure prints the program, and compiling is what costs.
 BOUNDED = settings(
     max_examples=20,

@@ -14,6 +14,8 @@ from lowrank.run.settings import read
 from lowrank.run.stored import load_run, predict
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def place(world, tmp_path_factory):

@@ -23,6 +23,8 @@ from lowrank.io.files import Lock
 from lowrank.io.seals import read_sealed, write_sealed
 from lowrank.run.trial import run_trial
 
+pytestmark = pytest.mark.long
+
 #: Long enough to be interrupted: 14 epochs, a checkpoint after every fourth step.
 LONG = (
     "optim.epochs=14",

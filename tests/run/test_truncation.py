@@ -73,6 +73,7 @@ def given(**fields):
     return composed("truncate", *(f"truncate.{k}={v}" for k, v in fields.items()))
 
 
+@pytest.mark.long
 def test_a_finished_run_is_cut_and_trained_on(world, finished, tmp_path):
     directory, _ = finished
     out = tmp_path / "cut"

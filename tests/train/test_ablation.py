@@ -12,6 +12,8 @@ from lowrank.allocate.adaptive import Adaptive
 from lowrank.train.ablation import ablation
 from lowrank.train.losses import cross_entropy
 
+pytestmark = pytest.mark.long
+
 TOTAL = LAYERS * HELD + HELD
 
 

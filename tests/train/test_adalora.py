@@ -17,6 +17,8 @@ from lowrank.train.pack import over_trials
 from lowrank.train.penalties import Penalties, impose
 from lowrank.train.step import make_step
 
+pytestmark = pytest.mark.long
+
 STEPS, ROWS, RANK, HELD, LR, GAMMA, ALPHA = 20, 12, 2, 4, 0.02, 0.1, 4.0
 SIZES = {"first": (6, 8), "second": (8, 5)}
 BEGIN, END, EVERY, BETA = 4, 16, 3, 0.85

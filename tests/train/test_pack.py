@@ -15,6 +15,8 @@ from lowrank.train.optim import AdamW
 from lowrank.train.pack import ENTRIES_AT_ONCE, Pack, on_devices, over_trials
 from lowrank.train.step import make_step
 
+pytestmark = pytest.mark.long
+
 STEPS = 4
 OPTIMS = [
     AdamW(lr=1e-2),

@@ -21,6 +21,8 @@ from lowrank.train.penalties import Imposed, Penalties, impose
 from lowrank.train.probes import OF_EXAMPLES, OF_INPUTS, OF_PASS
 from lowrank.train.step import make_step
 
+pytestmark = pytest.mark.long
+
 CONSTANTS = {"label_smoothing": jnp.float32(0.1)}
 
 
