@@ -311,6 +311,8 @@ def test_flops_and_parameters_by_hand(settings):
         ({"first_seed": 1999}, BadInput, "give 2000 or more"),
         ({"noise": 0.0}, BadInput, "without noise"),
         ({"batch_size": 48}, BadInput, "does not divide"),
+        ({"wanted": {"equivalence": 0.0}}, BadInput, r"wanted\.equivalence = 0\.0"),
+        ({"wanted": {"points": -1.0}}, BadInput, r"wanted\.points = -1\.0 is a margin"),
         ({"stepz": 3}, UnknownName, "Nearest.*steps"),
     ],
 )
