@@ -57,6 +57,36 @@ def test_it_is_written_with_its_machine(base, tmp_path, monkeypatch):
     assert found["machine"]["versions"]["jax"]
 
 
+@pytest.mark.parametrize(("seconds", "code"), [(1.04, 0), (1.06, 1)])
+def test_a_limit_decides_the_exit_code(seconds, code, monkeypatch, capsys):
+    times = {ranks.FULL: [1.0] * 9, "norm": [seconds] * 9, ranks.FINAL: [1.0] * 9}
+    found = {"shape": "4x8", "held": 4, "end": 2, "times": times}
+    monkeypatch.setattr(hub, "load", lambda *_, **__: None)
+    monkeypatch.setattr(ranks, "measure", lambda *_: found)
+    assert ranks.main(["--recipes", "norm", "--most", "1.05"]) == code
+    assert ("not shown" in capsys.readouterr().err) == bool(code)
+
+
+def test_arms_meet_the_same_machine(monkeypatch):
+    """One that slows down for half of the run slows no arm beside another."""
+    now = [0.0]
+
+    class Arm:
+        def __init__(self, seconds):
+            self.seconds = seconds
+
+        def step(self):
+            now[0] += self.seconds * (2 if now[0] > 5 else 1)
+
+    arms = {"lora": Arm(0.1), "choosing": Arm(0.105)}
+    for name, arm in arms.items():
+        monkeypatch.setattr(ours, name, lambda *_, arm=arm: arm)
+    monkeypatch.setattr(ranks.time, "perf_counter", lambda: now[0])
+    found = ranks.measure(SETTING, None, ["norm"], 3)
+    assert ranks.beside(found, "norm")["high"] == pytest.approx(1.05, rel=0.02)
+    assert ranks.beside(found, ranks.FINAL)["high"] == pytest.approx(1.0, rel=0.02)
+
+
 @pytest.mark.parametrize("wrong", [["--recipes", "nrom"], ["--rounds", "0"]])
 def test_what_it_cannot_measure_is_refused_at_once(wrong):
     with pytest.raises(SystemExit):
