@@ -38,8 +38,8 @@ SHORTER = {
     "experiment=laptop": [*FEW, "evaluate.answers=2", *SHORT],
     "experiment=rank_lr_reg": [*INTENTS, "delta.rank=2,4", "optim.lr=1e-3", "seed=0"],
     "sweep=halving": [*INTENTS, "optim.epochs=3"],
-    "ranks=": [*INTENTS, *MOVING],
-    "profile=steps": INTENTS,
+    " ranks=": [*INTENTS, *MOVING],
+    "profile=steps": [*INTENTS, "profile.first=2", "profile.steps=3"],
     "experiments.train": INTENTS,
     "experiments.data_to_text": [*FEW, "steps=2", "answer_tokens=2"],
 }
@@ -65,7 +65,9 @@ def here(tmp_path_factory):
     folder.mkdir()
     numbers = np.random.default_rng(0)
     words = ["red", "green", "blue", "small", "large", "round", "square", "old"]
-    texts = [" ".join(numbers.choice(words, 6, replace=False)) for _ in range(80)]
+    # Each with a word of its own: a text in two splits is refused.
+    draw = lambda: " ".join(numbers.choice(words, 6, replace=False))
+    texts = [f"{draw()} item{number}" for number in range(80)]
     table = lambda name, head, rows: (folder / name).write_text(
         "\n".join([head, *(",".join(map(str, row)) for row in rows)]) + "\n"
     )
