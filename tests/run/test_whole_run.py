@@ -184,6 +184,7 @@ def test_each_shape_compiles_once_and_before_the_first_step(world, monkeypatch):
     assert names.count("infer") == 2, "two buckets of validation; test has the same"
 
 
+@pytest.mark.long
 def test_the_host_does_constant_work_per_step(world, monkeypatch):
     from lowrank.train.pack import Pack
 
@@ -198,6 +199,7 @@ def test_the_host_does_constant_work_per_step(world, monkeypatch):
     assert np.diff(steps).tolist() == [0] + [1] * 16
 
 
+@pytest.mark.long
 def test_the_base_is_not_changed(world, finished, monkeypatch):
     _, result = finished
     base = load_run(finished[0]).base
@@ -244,6 +246,7 @@ def test_a_preview_counts_what_the_run_then_costs(finished, world):
     assert shown["sizes"]["trained_parameters"] == costs["trained_parameters"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("delta", ["head", pytest.param("full", marks=SLOW)])
 def test_head_and_full_training_are_runs_like_others(world, delta):
     directory = world.runs / delta
@@ -259,6 +262,7 @@ def test_head_and_full_training_are_runs_like_others(world, delta):
 
 
 @SLOW
+@pytest.mark.long
 def test_early_stopping_ends_the_run_and_a_repeat_knows(world, tmp_path):
     # At this rate nothing is learned, so the first validation stays the best.
     still = ["optim.lr=1e-9", "optim.epochs=9", "loop.patience=2"]
@@ -328,6 +332,7 @@ def test_trial_ids_follow_the_science_alone(world):
     assert trial not in ids
 
 
+@pytest.mark.long
 def test_two_equal_commands_give_equal_runs(finished, world):
     directory = world.runs / "twin"
     overrides = [f"run.directory={directory}", "seed=3"]
