@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.bench.decoder import PAIRS
-from experiments.bench.report import median_interval
+from experiments.bench.ranks import FINAL, FULL, beside
 from lowrank.evaluate.stats import over_seeds
 
 ROOT = Path(__file__).parents[1]
@@ -130,16 +130,14 @@ def test_what_the_fresh_seeds_said():
 
 
 def test_what_moving_ranks_cost():
-    times = results("bench_ranks")["times"]
-
-    def told(arm, other):
-        pairs = zip(times[arm], times[other], strict=True)
-        return ratio(median_interval([a / b for a, b in pairs]))
-
-    for other in ("fixed, all held", "fixed, at the end"):
-        assert told("norm", other) in README
-        assert told("fisher", other) in README
-    assert f"(8 x 32, {len(times['norm'])} turns" in README
+    found = results("bench_ranks")
+    for arm in ("norm", "fisher"):
+        for other in (FULL, FINAL):
+            assert ratio(beside(found, arm, other)) in README
+        assert beside(found, arm)["high"] <= 1.05, "five percent is not shown"
+    turns = len(found["times"]["norm"])
+    assert f"(8 x 32, {turns} turns" in README
+    assert f"--recipes norm,fisher --rounds {turns} --most 1.05" in README
 
 
 @pytest.mark.parametrize("task", ["intents", "trec6"])
