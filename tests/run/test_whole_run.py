@@ -262,7 +262,6 @@ def test_head_and_full_training_are_runs_like_others(world, delta):
 
 
 @SLOW
-@pytest.mark.long
 def test_early_stopping_ends_the_run_and_a_repeat_knows(world, tmp_path):
     # At this rate nothing is learned, so the first validation stays the best.
     still = ["optim.lr=1e-9", "optim.epochs=9", "loop.patience=2"]
