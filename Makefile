@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 NEWEST ?= python3.13
 
-.PHONY: demo test test-long test-slow test-full test-faults test-engines docs-faults test-newest parity foreign gym docs-models notebooks lint bench bench-sweep bench-decoder bench-gpu clean
+.PHONY: demo test test-long test-slow test-full test-faults test-engines docs-faults test-newest parity foreign gym rehearsals docs-pods docs-models notebooks lint bench bench-sweep bench-decoder bench-gpu clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -85,6 +85,22 @@ foreign: $(VENV)/.foreign
 # Tasks and verifiers of reasoning-gym itself.
 gym: $(VENV)/.gym
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m gym tests/gym
+
+# Steps compiled for slices of a TPU pod, by the libtpu that belongs to this jax. It lies
+# beside the environment: where it is installed, JAX looks for a TPU.
+build/libtpu/.made: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --no-deps --target build/libtpu "$$($(BIN)/python -c \
+	"import importlib.metadata as m; print(next(r.split(';')[0] for r in m.requires('jax') if r.startswith('libtpu')))")"
+	touch $@
+
+rehearsals: build/libtpu/.made
+	PYTHONPATH="$(CURDIR)/build/libtpu" TPU_SKIP_MDS_QUERY=1 \
+	$(BIN)/python -m pytest -n $(WORKERS) -q -m rehearsal tests/rehearsals
+
+# The tables in docs/pods.md: minutes each.
+docs-pods: build/libtpu/.made
+	PYTHONPATH="$(CURDIR)/build/libtpu" TPU_SKIP_MDS_QUERY=1 \
+	$(BIN)/python -m experiments.rehearsal_tables
 
 # The table in docs/models.md, from the same suite.
 docs-models: $(VENV)/.foreign

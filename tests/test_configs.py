@@ -24,7 +24,7 @@ from lowrank.run.ranks_group import Ranks, chosen, filled
 from lowrank.run.settings import BATCHINGS, BaseSpec, Evaluation, RunSpec, read
 from lowrank.run.survey import Survey
 from lowrank.run.sweep import Halving, SweepSpec
-from lowrank.sharding import MeshSpec
+from lowrank.sharding.mesh import MeshSpec
 from lowrank.sweeps.report import ReportSpec
 from lowrank.track.trackers import Track
 from lowrank.train.guard import NonFinitePolicy
@@ -69,6 +69,15 @@ def content(path):
     return yaml.safe_load((CONF / path).read_text())
 
 
+def shown(path):
+    """What a file of a group shows, with what it takes over from another file."""
+    own = content(path)
+    for name in own.pop("defaults", ()):
+        if name != "_self_":
+            own = {**shown(path.with_name(f"{name}.yaml")), **own}
+    return own
+
+
 def fields(path):
     """The fields that a file of a group has to show."""
     group, name = path.parent.name, path.stem
@@ -105,7 +114,7 @@ def test_every_file_of_a_group_is_understood(path):
     "path", [p for p in FILES if p.parent.name != "experiment"], ids=str
 )
 def test_a_file_shows_every_field_and_no_other(path):
-    assert set(content(path)) == fields(path)
+    assert set(shown(path)) == fields(path)
     if path.parent.name == "data":
         kind = DATA[content(path)["name"]].kind
         assert set(content(path)["batching"]) == set(fields_of(BATCHINGS[kind]))

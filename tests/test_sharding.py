@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lowrank.core.errors import BadInput
-from lowrank.sharding import (
+from lowrank.sharding.mesh import (
     MeshSpec,
     batch_shapes,
     check_rows,

@@ -1,5 +1,6 @@
 """The project's own arms of `bench.decoder`: a training step, and generation."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -10,19 +11,19 @@ import numpy as np
 
 from experiments.bench.factors import draw_factors, draw_tokens
 from experiments.bench.setting import Setting
-from experiments.bench.shapes import config_of
+from experiments.bench.shapes import SHAPES, config_of
 from lowrank.adapt.attach import Adapted, attach
 from lowrank.adapt.rules import Rule
 from lowrank.core.trees import count, flatten
 from lowrank.cost.count import jaxpr_flops
 from lowrank.deltas.lora import LoRA
 from lowrank.io.adapter import Adapter, Correction, spread
-from lowrank.io.decoder_configs import spec_from_config
 from lowrank.io.language import Language
-from lowrank.models.decoder import LanguageModel, empty_cache
+from lowrank.io.shapes import shaped
+from lowrank.models.decoder import empty_cache
 from lowrank.models.generation import generate
 from lowrank.run.language import INPUTS
-from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
+from lowrank.sharding.mesh import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import next_token
 from lowrank.train.optim import AdamW
@@ -59,13 +60,10 @@ def batch_of(setting: Setting, vocab_size: int) -> dict[str, np.ndarray]:
 
 def drawn(setting: Setting) -> Language:
     """A base of a shape of `bench.shapes` with random weights, made on the device."""
-    config = config_of(setting.model)
-    shape, family = spec_from_config(config, setting.model)
-    model = LanguageModel(shape, True, setting.remat, setting.dtype)
-    one = {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)}
-    leaves, structure = flatten(
-        jax.eval_shape(model.init, jax.random.key(0), one)["params"]
-    )
+    config_of(setting.model)
+    name, dtype = SHAPES[setting.model], setting.dtype
+    base = shaped(name, remat=setting.remat, dtype=dtype, weights=dtype)
+    leaves, structure = flatten(base.params)
 
     @functools.partial(jax.jit, static_argnums=1)
     def normal(key: Any, shape: tuple[int, ...]) -> Any:
@@ -79,17 +77,7 @@ def drawn(setting: Setting) -> Language:
         for key, (path, leaf) in zip(keys, leaves.items(), strict=True)
     }
 
-    def applied(params: Any, *given: Any, method: str | None = None) -> Any:
-        return model.apply({"params": params}, *given, method=method)
-
-    return Language(
-        name=setting.model, apply=applied,
-        scores=functools.partial(applied, method="scores"),
-        read=functools.partial(applied, method="read"),
-        params=structure.unflatten(params), tokenizer=None, fingerprint="", spec=shape,
-        family=family, max_length=shape.max_positions, end=(), begin=None,
-        chat_template=None, dtype=setting.dtype, provenance={}, hf_config=config,
-    )  # fmt: skip
+    return dataclasses.replace(base, params=structure.unflatten(params))
 
 
 class Product:

@@ -21,7 +21,7 @@ from lowrank.cost.count import Product, jaxpr_flops, jaxpr_products
 from lowrank.deltas.lora import LoRA
 from lowrank.io.hub import Base
 from lowrank.models.encoder import EncoderSpec
-from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
+from lowrank.sharding.mesh import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW

@@ -20,7 +20,7 @@ from lowrank.evaluate.score import numbers, score_trials
 from lowrank.run.forward import Forward, inputs_of, on_inputs
 from lowrank.run.prepare import prepare_pack
 from lowrank.run.texts import batching_of
-from lowrank.sharding import batch_shapes, place_batch, replicate
+from lowrank.sharding.mesh import batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.pack import Pack

@@ -1,44 +1,13 @@
-"""Shapes of language models whose weights need not be real to be timed.
-
-The fields are those of the config.json of Llama 3.2 1B and Llama 3 8B; "toy" is small
-enough for a test.
-"""
+"""Shapes that are timed without real weights, and the work that they cannot avoid."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from lowrank.core.errors import UnknownName, nearest
+from lowrank.io import shapes
 
-_LLAMA = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-#: Name -> config.json.
-SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "1b": {
-        **_LLAMA, "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 8192, "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "8b": {
-        **_LLAMA, "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 14336, "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-    },
-    "toy": {
-        **_LLAMA, "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64,
-        "max_position_embeddings": 64, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
+#: Name -> name of a shape of `lowrank.io.shapes`.
+SHAPES: Mapping[str, str] = {"1b": "llama3_1b", "8b": "llama3_8b", "toy": "toy"}
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -52,7 +21,7 @@ def config_of(name: str) -> dict[str, Any]:
             f"bench: no shape is called {name!r}. Nearest: {nearest(name, SHAPES)}. "
             f"There are {', '.join(SHAPES)}."
         )
-    return dict(SHAPES[name])
+    return shapes.config_of(SHAPES[name])
 
 
 def model_flops(config: Mapping[str, Any], batch: int, seq: int, rank: int) -> float:

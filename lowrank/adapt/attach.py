@@ -195,6 +195,7 @@ class Adapted:
         *inputs: Any,
         dials: Dials | None = None,
         key: Key | None = None,
+        lay: Callable[[Array], Array] | None = None,
     ) -> Any:
         """The adapted model. Call it under `jax.jit`: the walk itself is slow.
 
@@ -204,6 +205,7 @@ class Adapted:
           *inputs: What the model takes.
           dials: From `dials`; None means the defaults.
           key: Random key for dropout on the corrections; None means evaluation.
+          lay: Where activations beside corrected weights lie; see `walk.Walk`.
 
         Returns:
           What the model returns.
@@ -214,7 +216,7 @@ class Adapted:
         """
         dials = self.dials() if dials is None else dials
         self._check_trees(frozen, trained, dials)
-        walk = inject.walk(self.allow_dense)
+        walk = inject.walk(self.allow_dense, lay=lay)
         return self._run(walk, frozen, trained, inputs, dials, key)
 
     def check(self, *inputs: Any) -> Any:

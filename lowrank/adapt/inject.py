@@ -1,6 +1,8 @@
 """The rewriting interpreter: which rule follows a weight through which primitive."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+from jaxtyping import Array
 
 from lowrank.adapt import contractions, control, rearrange
 from lowrank.adapt.walk import RewriteRule, Walk
@@ -40,11 +42,15 @@ RULES: Mapping[str, RewriteRule] = {
 }  # fmt: skip
 
 
-def walk(allow_dense: bool = False, shapes_only: bool = False) -> Walk:
+def walk(
+    allow_dense: bool = False,
+    shapes_only: bool = False,
+    lay: Callable[[Array], Array] | None = None,
+) -> Walk:
     """A walk by these rules.
 
     Args:
       allow_dense: Form the dense weight where no rule has a factored form.
-      shapes_only: See `Walk`.
+      shapes_only, lay: See `Walk`.
     """
-    return Walk(RULES, allow_dense=allow_dense, shapes_only=shapes_only)
+    return Walk(RULES, allow_dense=allow_dense, shapes_only=shapes_only, lay=lay)

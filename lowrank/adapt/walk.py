@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from lowrank.adapt.call import DotCall
 from lowrank.adapt.compat import Literal, evaluate, opened, stand_in
@@ -60,6 +61,8 @@ class Walk:
         no weight is known from the trace, and one use of a kind stands for all.
       checked: Kinds of uses that were met by a walk for shapes.
       ordinals: Uses of each weight so far; part of a use's dropout key.
+      lay: Says of what goes into a corrected weight, and of what comes out, where it
+        lies on a mesh, see `sharding.mesh.lay_rows`; None: nothing is said.
     """
 
     rules: Mapping[str, RewriteRule]
@@ -68,6 +71,7 @@ class Walk:
     shapes_only: bool = False
     checked: set[Hashable] = dataclasses.field(default_factory=set)
     ordinals: dict[str, int] = dataclasses.field(default_factory=dict)
+    lay: Callable[[Array], Array] | None = None
 
     def ordinal(self, path: str) -> int:
         self.ordinals[path] = self.ordinals.get(path, -1) + 1
@@ -177,7 +181,11 @@ class Walk:
         )  # fmt: skip
         if view.delta is None or self._stands_for(call):
             return call.product()
-        y = view.delta.use(view.factors, view.dials, call)
+        if self.lay is not None and call.x is not None:
+            call.x = self.lay(call.x)
+        y: Any = view.delta.use(view.factors, view.dials, call)
+        if self.lay is not None:
+            y = self.lay(y)
         if self.shapes_only:
             # What follows is known from the trace, and would not notice.
             call.check_answer(y)

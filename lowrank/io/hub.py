@@ -8,7 +8,7 @@ are read from safetensors files only.
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,12 @@ from lowrank.io.bert import family_of, spec_from_config
 from lowrank.io.keymaps import Family
 from lowrank.io.safetensors import Tensors, read_json
 from lowrank.io.sources import locate
-from lowrank.models import vision
+from lowrank.models import encoder, vision
 from lowrank.models.encoder import Classifier, EncoderSpec
 from lowrank.models.options import check_choice, compute_dtype
 from lowrank.models.pixels import ImageInput
 from lowrank.models.vision import VisionSpec
+from lowrank.sharding.partition import Rule
 
 Forward = Callable[[Any, Mapping[str, Any]], jax.Array]
 
@@ -53,6 +54,7 @@ class Base:
       hf_config: Its config.json; None where there is none.
       example: Input of `apply`, arrays or shapes, if not a batch of "ids" and "mask".
       images: How images become its input, as "pixels"; None where none are read.
+      partition: How its weights are split over devices; see `sharding.partition`.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Base:
     hf_config: Mapping[str, Any] | None = None
     example: Any = None
     images: ImageInput | None = None
+    partition: Sequence[Rule] = ()
 
     @property
     def outputs(self) -> Forward:
@@ -174,6 +177,7 @@ def _of_texts(
         family,
         {
             "spec": shape,
+            "partition": encoder.PARTITION,
             "tokenizer": tokenizer,
             "max_length": _max_length(folder, shape),
         },
@@ -198,6 +202,7 @@ def _of_images(
         vit.KINDS[config["model_type"]],
         {
             "spec": shape,
+            "partition": vision.PARTITION,
             "tokenizer": None,
             "max_length": 1 + shape.grid**2,
             "images": images,

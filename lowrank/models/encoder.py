@@ -34,11 +34,15 @@ from lowrank.models.blocks import (
     wide,
 )
 from lowrank.models.options import (
+    PAIRED,
     Precision,
     check_choice,
     compute_dtype,
     rematerialized,
 )
+
+#: See `options.PAIRED`; rows of a vocabulary, and the width of its vectors.
+PARTITION = (*PAIRED, ("encoder/embeddings/*/embedding", ("tensor", "fsdp")))
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Pooling = Literal["mean", "cls", "pooler"]

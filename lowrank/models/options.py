@@ -11,6 +11,18 @@ from lowrank.core.errors import BadInput
 Remat = Literal["none", "full", "dots"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Precision = Literal["highest", None]
+#: How weights are split over devices: patterns, and the mesh axes for each of the last
+#: axes of a weight; the first that matches holds, and what none matches is whole. These
+#: maps come in pairs: what the first one of a pair computes stays split along hidden
+#: units (or heads) until the second sums over them.
+PAIRED: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("**/attention/{query,key,value,qkv}/kernel", ("fsdp", "tensor")),
+    ("**/attention/{query,key,value,qkv}/bias", ("tensor",)),
+    ("**/attention/output/kernel", ("tensor", "fsdp")),
+    ("**/mlp/**/{gate,up}/kernel", ("fsdp", "tensor")),
+    ("**/mlp/**/{gate,up}/bias", ("tensor",)),
+    ("**/mlp/**/down/kernel", ("tensor", "fsdp")),
+)
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -37,12 +37,16 @@ from lowrank.core.spec import spec
 from lowrank.models.blocks import ACTIVATIONS, LayerNorm, attend, linear, wide
 from lowrank.models.encoder import Activation
 from lowrank.models.options import (
+    PAIRED,
     Precision,
     check_choice,
     compute_dtype,
     rematerialized,
 )
 from lowrank.models.resampling import bicubic
+
+#: See `options.PAIRED`.
+PARTITION = PAIRED
 
 Pooling = Literal["cls", "mean", "both"]
 _POSITIVE = (

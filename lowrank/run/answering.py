@@ -76,7 +76,8 @@ def load_answering(settings: Settings) -> Answering:
       BadInput: Anything is missing, damaged or does not fit.
     """
     task = _task(settings)
-    return _answering(settings, open_language(settings.base, settings.run.cache), task)
+    base = open_language(settings.base, settings.run.cache, settings.mesh.parts())
+    return _answering(settings, base, task)
 
 
 def answering_again(

@@ -8,7 +8,7 @@ import numpy as np
 from lowrank.core.errors import BadInput
 from lowrank.evaluate.metrics import STANDARD, Rows, Tally
 from lowrank.run.forward import Batch
-from lowrank.sharding import check_rows, check_trials
+from lowrank.sharding.mesh import check_rows, check_trials
 from lowrank.train.batches import TrainBatches
 from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import AdamW

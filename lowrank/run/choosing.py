@@ -184,7 +184,7 @@ def load_choosing(settings: Settings) -> Choosing:
       BadInput: Anything is missing, damaged or does not fit.
     """
     task = settings.data.load()
-    base = open_language(settings.base, settings.run.cache)
+    base = open_language(settings.base, settings.run.cache, settings.mesh.parts())
     return _choosing(settings, base, task)
 
 

@@ -24,7 +24,7 @@ def load_continuing(settings: Settings) -> LanguageProblem:
       BadInput: Anything is missing, damaged or does not fit.
     """
     task = settings.data.load()
-    base = open_language(settings.base, settings.run.cache)
+    base = open_language(settings.base, settings.run.cache, settings.mesh.parts())
     return _continuing(settings, base, task)
 
 

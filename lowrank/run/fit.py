@@ -31,14 +31,11 @@ from lowrank.run.checks import check_plan
 from lowrank.run.first_look import first_look
 from lowrank.run.forward import Batch, Forward, inputs_of, on_inputs
 from lowrank.run.judges import OF_CLASSES, Judge
+from lowrank.run.placing import place
 from lowrank.run.ranks import begun, check_settled, gauges
 from lowrank.run.storage import Storage
-from lowrank.sharding import (
-    MeshSpec,
-    batch_shapes,
-    place_batch,
-    replicate,
-)
+from lowrank.sharding.mesh import MeshSpec, batch_shapes, place_batch, put
+from lowrank.sharding.partition import Rule
 from lowrank.train import state as states
 from lowrank.train.batches import PATCH, TrainBatches
 from lowrank.train.examples import check_examples_apart
@@ -125,6 +122,7 @@ def fit(
     directory: str | Path | None = None,
     identity: Mapping[str, str] | None = None,
     mesh: MeshSpec = MeshSpec(),
+    partition: Sequence[Rule] = (),
     loop: LoopSpec = LoopSpec(),
     until: int | None = None,
     non_finite: NonFinitePolicy = NonFinitePolicy(),
@@ -159,6 +157,7 @@ def fit(
         continued, beside those of base, rules, constants, weights, seeds and length,
         which are always compared.
       mesh: Devices.
+      partition: How the model's family splits its weights; see `sharding.partition`.
       loop: When things happen.
       until: The step of a validation to pause at, saved; None: train to the end.
         Schedules are those of the whole training in any case.
@@ -179,7 +178,8 @@ def fit(
     optims = _each(optim, len(seeds))
     penalties = _each(penalty, len(seeds))
     allocators = _each(ranks, len(seeds))
-    devices = mesh.build()
+    placed = place(adapted, mesh, rules=partition)
+    devices = placed.mesh
     if directory is not None:
         own = _identity(
             adapted, batches, optims, penalties, allocators, seeds, dials, slots
@@ -199,7 +199,7 @@ def fit(
                 "all of them, or one each"
             )
     imposed = impose(penalties, adapted.sites, adapted.thin)
-    model = on_inputs(adapted.apply, inputs)
+    model = on_inputs(adapted.apply, inputs, devices)
     moving, dials = begun(
         adapted, allocators, slots, dials, batches.num_steps,
         gauges(model, loss),
@@ -209,7 +209,7 @@ def fit(
             f"{len(seeds)} trials have {len(starts)} starts; give one each, or None, "
             "and ranks that stay"
         )
-    frozen = replicate(adapted.frozen(), devices)
+    frozen = put(adapted.frozen(), placed.frozen)
     aged = moving is not None and moving.births
     state = states.start(
         adapted.init_trained, dials or adapted.dials(), optims, seeds, adapted.leaves,
@@ -223,7 +223,7 @@ def fit(
         state = first_look(
             adapted, allocators, moving, state, frozen, batches, loss, inputs
         )
-    state = jax.device_put(state, states.on_mesh(devices))
+    state = put(state, placed.state(state))
     forward = Forward(model, frozen, devices)
     memory: Mapping[str, Any] = {**fresh(len(seeds)), "data": batches.state(0)}
     if storage is not None and storage.begun:
@@ -249,8 +249,8 @@ def fit(
             imposed, adapted.roles(), aged, moving.of_step if moving else (),
         )  # fmt: skip
         shapes = [batch_shapes(batch, devices, 1) for batch in examples]
-        put = lambda batch: place_batch(batch, devices, 1)
-        pack = Pack(step, frozen, state, shapes, put, len(seeds), devices, moving)
+        onto = lambda batch: place_batch(batch, devices, 1)
+        pack = Pack(step, frozen, state, shapes, onto, len(seeds), devices, moving)
     validate = None
     if validation:
         alive("compilation for validation")

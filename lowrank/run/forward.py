@@ -9,7 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lowrank.core.arrays import Dials, Frozen, Trained
-from lowrank.sharding import batch_shapes, by_trial, place_batch, trial_axis
+from lowrank.sharding.mesh import (
+    batch_shapes,
+    by_trial,
+    lay_rows,
+    place_batch,
+    trial_axis,
+)
 from lowrank.train.batches import entries_of
 from lowrank.train.pack import in_turns, most_entries, side_by_side
 
@@ -87,10 +93,29 @@ def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in names if name in batch}
 
 
-def on_inputs(apply: Callable[..., Any], inputs: Callable[[Mapping], Any]) -> Model:
-    """An adapted model that takes whole batches and picks its inputs from them."""
+def on_inputs(
+    apply: Callable[..., Any],
+    inputs: Callable[[Mapping], Any],
+    mesh: Mesh | None = None,
+) -> Model:
+    """An adapted model that takes whole batches and picks its inputs from them.
+
+    Args:
+      apply: `Adapted.apply`.
+      inputs: What the model reads of a batch.
+      mesh: Devices that may share its weights; rows then stay split, see `lay_rows`.
+    """
 
     def model(frozen, trained, batch, dials, key):
-        return apply(frozen, trained, inputs(batch), dials=dials, key=key)
+        given = inputs(batch)
+        lay = mesh and lay_rows(mesh, _num_rows(given))
+        # Only where it says something: other functions have no such argument.
+        laid = {} if lay is None else {"lay": lay}
+        return apply(frozen, trained, given, dials=dials, key=key, **laid)
 
     return model
+
+
+def _num_rows(given: Any) -> int:
+    """Rows of what a model is given: the first axis of its first array."""
+    return next((x.shape[0] for x in jax.tree.leaves(given) if x.ndim), 0)

@@ -290,8 +290,13 @@ def windows_of(base: Language, rows: Split, length: int) -> Windows:
     return Windows(*windows(base.tokenizer, rows, length, begin=base.begin))
 
 
-def open_language(wanted: BaseSpec, cache: str | None) -> Language:
+def open_language(wanted: BaseSpec, cache: str | None, parts: int = 1) -> Language:
     """A language model as its config group describes it.
+
+    Args:
+      wanted: The group.
+      cache: Folder for downloads; None: the user's.
+      parts: Devices between which logits are split.
 
     Raises:
       BadInput: The group asks for what only encoders have.
@@ -312,6 +317,7 @@ def open_language(wanted: BaseSpec, cache: str | None) -> Language:
         remat=wanted.remat,
         dtype=wanted.dtype,
         cache=cache,
+        parts=parts,
     )
 
 

@@ -33,8 +33,9 @@ from lowrank.io.record import Record
 from lowrank.run.checks import check_plan
 from lowrank.run.fit import Fit, fit
 from lowrank.run.forward import Batch, on_inputs
+from lowrank.run.placing import place
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
-from lowrank.run.preview import lowered
+from lowrank.run.preview import Planned, lowered
 from lowrank.run.profile import Profile, watched
 from lowrank.run.ranks import begun, gauges, moves, over_time
 from lowrank.run.results import Results, flat_numbers
@@ -195,12 +196,17 @@ def check_pack(prepared: PreparedPack) -> Sequence[Batch] | None:
     found = "validation" in first.problem.rows
     validation = first.evaluation("validation") if found else None
     settings = [trial.settings for trial in prepared.trials]
+    placed = place(
+        prepared.variants.together,
+        first.settings.mesh,
+        rules=first.problem.base.partition,
+    )
     check_plan(
         prepared.batches,
         validation,
         [one.optim for one in settings],
         [one.seed for one in settings],
-        first.settings.mesh.build(),
+        placed.mesh,
         first.settings.loop,
         first.problem.judge.check,
     )
@@ -232,10 +238,10 @@ def pack_memory(settings: Settings, widths: Sequence[int]) -> dict[int, int | No
     From the compiler's analysis of the step, compiled from shapes alone; None where
     the backend does not tell.
     """
-    prepared = prepare_pack([settings]).trials[0]
+    planned = Planned.of(prepare_pack([settings]).trials[0])
     found = {}
     for width in widths:
-        found[width] = lowered(prepared, width).costs()["peak_bytes"]
+        found[width] = lowered(planned, width).costs()["peak_bytes"]
         logger.info("a pack of %d needs %s bytes", width, found[width])
     return found
 
@@ -280,6 +286,7 @@ def _train(
             dials=prepared.variants.dials(),
             starts=prepared.starts,
             mesh=settings[0].mesh,
+            partition=problem.base.partition,
             loop=settings[0].loop,
             until=until,
             non_finite=settings[0].non_finite,

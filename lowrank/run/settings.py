@@ -31,7 +31,7 @@ from lowrank.run.evaluation import check_evaluation as check_evaluation
 from lowrank.run.profile import Profile
 from lowrank.run.ranks_group import Ranks, chosen, filled
 from lowrank.run.sweep import Halving, SweepSpec
-from lowrank.sharding import MeshSpec
+from lowrank.sharding.mesh import MeshSpec
 from lowrank.track.trackers import Track
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import LoopSpec

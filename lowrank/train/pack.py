@@ -19,10 +19,10 @@ from jaxtyping import Array
 
 from lowrank.core.arrays import Frozen
 from lowrank.core.memory import give_back
-from lowrank.sharding import by_trial, trial_axis
+from lowrank.sharding.mesh import by_trial, trial_axis
 from lowrank.train.batches import entries_of, shape_of
 from lowrank.train.ranks import RankEvents
-from lowrank.train.state import TrainState, on_mesh
+from lowrank.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +168,16 @@ def on_devices(
     return over_trials(step, num_trials, axis, most_entries(mesh), ranks)
 
 
-def jitted(packed: Callable, mesh: Mesh) -> Any:
-    """A pack's step to be lowered: the state is donated and comes out as it went in."""
-    out = (on_mesh(mesh), by_trial(mesh))
-    return jax.jit(packed, donate_argnums=1, out_shardings=out)
+def jitted(packed: Callable, mesh: Mesh, state: TrainState) -> Any:
+    """A pack's step to be lowered: the state is donated and comes out as it went in.
+
+    Args:
+      packed: The step of a whole pack.
+      mesh: The devices.
+      state: The state on them, or its shapes there.
+    """
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(packed, donate_argnums=1, out_shardings=(where, by_trial(mesh)))
 
 
 def _but_step(change: Callable[[Array], Array], fields: Mapping[str, Any]):
@@ -220,7 +226,7 @@ class Pack:
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.shapes = {shape_of(batch): batch for batch in shapes}
         self.packed = on_devices(step, num_trials, mesh, ranks)
-        program = jitted(self.packed, mesh)
+        program = jitted(self.packed, mesh, state)
         give_back()
         began = time.perf_counter()
         for key, batch in self.shapes.items():

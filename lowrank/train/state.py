@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float
 
 from lowrank.core.arrays import Dials, Frozen, Key, Roles, Trained
-from lowrank.sharding import by_trial, replicated
+from lowrank.core.trees import flatten
+from lowrank.sharding.mesh import by_trial, replicated, trial_axis
 from lowrank.train import optim as optimizers
 from lowrank.train.optim import AdamW
 
@@ -130,15 +131,39 @@ def start(
     return jax.jit(begin)(keys, each, constants, given)
 
 
-def shardings(shared: Sharding, own: Sharding) -> TrainState:
-    """A prefix of a state: `own` for what has an axis of trials, else `shared`."""
-    fields = {field.name: own for field in dataclasses.fields(TrainState)}
-    return TrainState(**{**fields, "step": shared})
+def on_mesh(
+    state: TrainState, mesh: Mesh, splits: Mapping[str, PartitionSpec] | None = None
+) -> TrainState:
+    """A tree of where every leaf of a pack's state lies.
 
+    Trials along the trial axis, if there is one. Factors, their best ones, and whatever
+    an optimizer holds for each of their entries are split alike; all else is whole.
 
-def on_mesh(mesh: Mesh) -> TrainState:
-    """Where a pack's state lies: trials along the trial axis, else on all devices."""
-    return shardings(replicated(mesh), by_trial(mesh))
+    Args:
+      state: A pack's state, or its shapes.
+      mesh: The devices.
+      splits: Joined path in the trained tree -> what splits it, without the axis of
+        trials; what is not named is whole.
+    """
+    splits, trial = splits or {}, by_trial(mesh)
+    shapes = {path: leaf.shape for path, leaf in flatten(state.trained)[0].items()}
+
+    def lay(path: str, leaf: Any) -> NamedSharding:
+        # Moments lie below fields of the optimizer: the end of a path tells whose.
+        parts = path.split("/")
+        for start in range(len(parts)):
+            name = "/".join(parts[start:])
+            own = splits.get(name)
+            if own and leaf.shape == shapes[name]:
+                return NamedSharding(mesh, PartitionSpec(trial_axis(mesh), *own))
+        return trial
+
+    placed = {}
+    for field in dataclasses.fields(TrainState):
+        leaves, structure = flatten(getattr(state, field.name))
+        found = {path: lay(path, leaf) for path, leaf in leaves.items()}
+        placed[field.name] = structure.unflatten(found)
+    return TrainState(**{**placed, "step": replicated(mesh)})
 
 
 def settle(
@@ -155,14 +180,17 @@ def settle(
         where there is none.
       live: Which trials go on from here; one that has ended never does.
     """
-    return _settling(state.step.sharding, state.live.sharding)(state, values, live)
+    leaves, structure = jax.tree.flatten(state)
+    where = tuple(leaf.sharding for leaf in leaves)
+    return _settling(structure, where)(state, values, live)
 
 
 @functools.cache
-def _settling(shared: Sharding, own: Sharding) -> Callable[..., TrainState]:
+def _settling(structure: Any, where: tuple[Sharding, ...]) -> Callable[..., TrainState]:
     # Compiled steps take a state only as it lies on the mesh: left to itself, the
     # compiler may put an output elsewhere.
-    return jax.jit(_settled, donate_argnums=0, out_shardings=shardings(shared, own))
+    out = jax.tree.unflatten(structure, where)
+    return jax.jit(_settled, donate_argnums=0, out_shardings=out)
 
 
 def _settled(state: TrainState, values: Array, live: Array) -> TrainState:

@@ -20,7 +20,7 @@ from lowrank.run.forward import inputs_of, on_inputs
 from lowrank.run.prepare import prepare
 from lowrank.run.ranks import gauges, rank_events, slots_of
 from lowrank.run.settings import read
-from lowrank.sharding import MeshSpec
+from lowrank.sharding.mesh import MeshSpec
 from lowrank.train import state as states
 from lowrank.train.loop import LoopSpec
 from lowrank.train.losses import cross_entropy

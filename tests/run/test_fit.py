@@ -14,7 +14,7 @@ from lowrank.data.pipeline import TrainPipeline
 from lowrank.run.fit import fit
 from lowrank.run.prepare import prepare
 from lowrank.run.settings import read
-from lowrank.sharding import MeshSpec
+from lowrank.sharding.mesh import MeshSpec
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import AdamW

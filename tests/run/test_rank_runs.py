@@ -24,7 +24,7 @@ from lowrank.run.ranks import final
 from lowrank.run.settings import read
 from lowrank.run.stored import load_run
 from lowrank.run.trial import run_trial
-from lowrank.sharding import MeshSpec
+from lowrank.sharding.mesh import MeshSpec
 from lowrank.train.loop import LoopSpec
 from lowrank.train.optim import AdamW
 
@@ -201,8 +201,8 @@ def test_a_model_whose_examples_meet_is_refused_before_compiling(fitter, monkeyp
     module = importlib.import_module("lowrank.run.fit")
     plain = module.on_inputs
 
-    def centred(apply, inputs):
-        model = plain(apply, inputs)
+    def centred(apply, inputs, mesh):
+        model = plain(apply, inputs, mesh)
 
         def meeting(*given, **more):
             logits = model(*given, **more)

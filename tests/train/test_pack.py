@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 
-from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
+from lowrank.sharding.mesh import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.losses import cross_entropy
 from lowrank.train.optim import AdamW

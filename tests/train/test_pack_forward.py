@@ -10,7 +10,7 @@ from lowrank.adapt.attach import attach
 from lowrank.adapt.rules import Rule, Train
 from lowrank.deltas.lora import LoRA
 from lowrank.run.forward import Forward, inputs_of
-from lowrank.sharding import MeshSpec
+from lowrank.sharding.mesh import MeshSpec
 from lowrank.train import state as states
 from lowrank.train.optim import AdamW
 

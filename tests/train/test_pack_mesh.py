@@ -11,7 +11,7 @@ import toy
 
 from lowrank.core.errors import BadInput
 from lowrank.core.trees import flatten
-from lowrank.sharding import (
+from lowrank.sharding.mesh import (
     MeshSpec,
     batch_shapes,
     check_trials,
@@ -49,7 +49,7 @@ class World:
         )  # fmt: skip
         self.frozen = replicate(adapted.frozen(), self.mesh)
         state = states.start(adapted.init_trained, adapted.dials(), optims, self.seeds)
-        self.state = jax.device_put(state, states.on_mesh(self.mesh))
+        self.state = jax.device_put(state, states.on_mesh(state, self.mesh))
         self.shapes = batch_shapes(self.batch(0), self.mesh, 1)
 
     def batch(self, number):
@@ -94,7 +94,7 @@ def test_the_program_of_one_device_does_not_know_of_a_trial_axis():
         out_shardings=replicated(world.mesh),
     )  # fmt: skip
     packed = over_trials(world.step, 1, trial_axis(world.mesh))
-    now = jitted(packed, world.mesh).lower(*given).as_text()
+    now = jitted(packed, world.mesh, world.state).lower(*given).as_text()
     assert now == before.lower(*given).as_text()
     assert "trial" not in now
 

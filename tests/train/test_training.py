@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from lowrank.core.errors import Preempted
-from lowrank.sharding import MeshSpec, batch_shapes, place_batch, replicate
+from lowrank.sharding.mesh import MeshSpec, batch_shapes, place_batch, replicate
 from lowrank.train import state as states
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import Events, Loop, LoopSpec, fresh
