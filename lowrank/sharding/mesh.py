@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -110,9 +111,8 @@ class MeshSpec:
             for name, count in self.sizes(devices).items()
             if count > 1 or name == DATA
         }
-        used = np.array(devices[: math.prod(sizes.values())], dtype=object)
         return Mesh(
-            used.reshape(*sizes.values()),
+            _arranged(devices[: math.prod(sizes.values())], [*sizes.values()]),
             tuple(sizes),
             axis_types=(AxisType.Auto,) * len(sizes),
         )
@@ -148,6 +148,18 @@ class MeshSpec:
         if fits == sizes[TRIAL]:
             return self
         return dataclasses.replace(self, **{**sizes, TRIAL: fits})
+
+
+def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """Devices by axis, so that neighbors along an axis have wires between them.
+
+    Of a TPU slice the order of devices is that of its hosts, which are blocks of chips.
+    """
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+    return np.array(devices, dtype=object).reshape(*sizes)
 
 
 def trial_axis(mesh: Mesh) -> str | None:

@@ -1,7 +1,6 @@
 """Corrections of decoders equal the merged weights, experts and tied heads included."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import pytest
 from lowrank.adapt.attach import attach
 from lowrank.adapt.rules import Rule
 from lowrank.deltas.lora import LoRA
-from lowrank.models import decoder
 from lowrank.models.decoder import LanguageModel, empty_cache
 from lowrank.models.decoder_spec import DecoderSpec
 
@@ -36,9 +34,9 @@ BATCH = {
 }
 
 
-def adapted_of(name, pattern, *, method=None, scan=True):
+def adapted_of(name, pattern, *, method=None, scan=True, **options):
     shape = dataclasses.replace(SPEC, **SHAPES[name])
-    model = LanguageModel(shape, scan=scan, precision="highest")
+    model = LanguageModel(shape, scan=scan, precision="highest", **options)
     params = jax.jit(model.init)(jax.random.key(2), BATCH)["params"]
     apply = lambda p, batch: model.apply({"params": p}, batch, method=method)
     rules = [Rule(pattern, LoRA(alpha=6.0), rank=2)]
@@ -92,11 +90,9 @@ def test_the_token_table_that_is_the_head_as_well():
     assert_merged(apply, *rest)
 
 
-def test_scores_in_pieces(monkeypatch):
-    monkeypatch.setattr(decoder, "label_scores", functools.partial(
-        decoder.label_scores, most=2 * SPEC.vocab_size
-    ))  # fmt: skip
-    _, apply, *rest = adapted_of("windows", "decoder/**/kernel", method="scores")
+def test_scores_in_pieces():
+    pieces = {"method": "scores", "most_logits": 2 * SPEC.vocab_size}
+    _, apply, *rest = adapted_of("windows", "decoder/**/kernel", **pieces)
     assert_merged(apply, *rest)
 
 

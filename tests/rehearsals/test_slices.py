@@ -1,12 +1,16 @@
 """Steps compiled by libtpu for slices that are not here; without it, failures."""
 
 import functools
+import itertools
 
+import numpy as np
 import pytest
 from tiny_run import composed
 
 from lowrank.core.errors import BadInput
-from lowrank.run.rehearsal import rehearse
+from lowrank.cost.chips import topology_of
+from lowrank.run.rehearsal import devices_of, rehearse
+from lowrank.sharding.mesh import MeshSpec
 
 pytestmark = pytest.mark.rehearsal
 
@@ -71,6 +75,18 @@ def test_a_step_that_does_not_fit_says_so():
         "base.remat=none",
     )  # fmt: skip
     assert report["fits"] is False
+
+
+def test_neighbors_along_an_axis_have_wires_between_them():
+    devices = devices_of(*topology_of("v5e:8x8"), "v5e:8x8")
+    (grid,) = MeshSpec(fsdp=8, tensor=8).build(devices).devices
+    for line in (*grid, *grid.T):
+        for one, other in itertools.pairwise(line):
+            steps = [abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)]
+            # One step along one axis, or from one end of it around to the other.
+            assert sum(min(n, 8 - n) for n in steps) == 1
+    first = np.array([one.coords for one in devices[:8]])
+    assert (first[-1] - first[0]).sum() != 7, "they come in this order: no test"
 
 
 def test_a_slice_that_does_not_exist_is_refused():

@@ -19,6 +19,8 @@ from lowrank.deltas.lora import LoRA
 from lowrank.run.fit import fit
 from lowrank.run.prepare import prepare
 from lowrank.run.settings import read
+from lowrank.run.stored import load_run, predict
+from lowrank.run.trial import run_trial
 from lowrank.sharding.mesh import MeshSpec
 from lowrank.train.batches import shape_of
 from lowrank.train.loop import LoopSpec
@@ -113,20 +115,26 @@ def encoder(world):
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
+def talking(tmp_path_factory):
+    """Arguments of a small run of a language model."""
     root = tmp_path_factory.mktemp("decoder")
     for name in ("llama", "data"):
         (root / name).mkdir()
     write_llama(root / "llama")
     write_meanings(root / "data")
-    own = (
+    return (
         "experiment=laptop", f"base.source={root / 'llama'}", "delta.rank=4",
         f"data.path={root / 'data'}", f"run.cache={root / 'cache'}",
+        f"run.root={root / 'runs'}", "evaluate.resamples=50", "evaluate.batch_size=8",
         "data.train_rows=null", "data.validation_rows=null", "data.test_rows=null",
         "data.batching.length=64", "data.batching.batch_size=8",
         "evaluate.answers=8", "delta.targets=decoder/**/kernel",
     )  # fmt: skip
-    return of_problem(prepare(read(composed("config", *own))))
+
+
+@pytest.fixture(scope="module")
+def decoder(talking):
+    return of_problem(prepare(read(composed("config", *talking))))
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +260,49 @@ def test_a_run_goes_on_with_another_mesh(encoder, alone, tmp_path):
     found, losses = encoder.fit(MESHES["fsdp 2 x tensor 4"], directory=tmp_path)
     assert len(losses) == STEPS - 6
     check_alike(found, wanted, [*expected[:6], *losses], expected)
+
+
+SPLIT = ("mesh.fsdp=2", "mesh.tensor=4", "mesh.small=0")
+
+
+def close(found, wanted, names):
+    for split in ("validation", "test"):
+        for name in names:
+            one, other = (
+                result["scores"][split]["metrics"][name]["estimate"]
+                for result in (found, wanted)
+            )
+            assert one == pytest.approx(other, rel=1e-3), (split, name)
+
+
+def test_a_whole_run_is_judged_shipped_and_opened_alike(world):
+    own = ("evaluate.latency=true", "data.batching.buckets=[16]")
+    wanted, found = (
+        run_trial(world.config(f"run.directory={world.runs / name}", *own, *more))
+        for name, more in (("on one", ()), ("on eight", SPLIT))
+    )
+    assert found["trial"] == wanted["trial"], "the mesh is no part of what a trial is"
+    close(found, wanted, ["accuracy", "log_loss"])
+    assert set(found["costs"]["inference"]) == set(wanted["costs"]["inference"])
+    text = "cat word1 word2"
+    runs = [load_run(world.runs / name) for name in ("on one", "on eight")]
+    ours, theirs = (predict(run, [text])[0] for run in runs)
+    assert ours["label"] == theirs["label"]
+
+
+def test_a_language_model_is_judged_and_speaks_alike(talking, tmp_path):
+    wanted, found = (
+        run_trial(
+            composed("config", *talking, f"run.directory={tmp_path / name}", *own)
+        )
+        for name, own in (("one", ()), ("eight", SPLIT))
+    )
+    close(found, wanted, ["loss"])
+    said = [
+        np.load(tmp_path / name / "predictions" / "test.npz")
+        for name in ("one", "eight")
+    ]
+    assert said[0].files == said[1].files
 
 
 def test_rows_that_a_mesh_cannot_share_out_are_refused_before_compiling(encoder):
