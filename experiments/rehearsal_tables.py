@@ -23,6 +23,9 @@ _SAME = ("delta.rank=16", "rehearse.rows=128", "rehearse.length=2048")
 #: Name of the report -> what the command is given.
 RUNS: Mapping[str, Sequence[str]] = {
     "8b_v5e_256": ("base=llama3_8b", "mesh=v5e_256", *_SAME),
+    "8b_v5e_256_tensor_16": (
+        *("base=llama3_8b", "mesh=v5e_256", "mesh.fsdp=16", "mesh.tensor=16", *_SAME),
+    ),
     "8b_v5p_128": ("base=llama3_8b", "mesh=v5p_128", *_SAME),
     "70b_v5p_128": ("base=llama3_70b", "mesh=v5p_128", *_SAME),
     "1b_pack_v5e_16": (

@@ -12,7 +12,7 @@ from lowrank.adapt.assign import assign, claim
 from lowrank.adapt.plan import Plan
 from lowrank.adapt.programs import Programs
 from lowrank.adapt.rules import AnyRule, Rule, Train
-from lowrank.adapt.sites import Site, find
+from lowrank.adapt.sites import Site, find, plain_view
 from lowrank.adapt.state import refuse_state
 from lowrank.adapt.verify import Verification, compare
 from lowrank.adapt.walk import Walk
@@ -205,7 +205,7 @@ class Adapted:
           *inputs: What the model takes.
           dials: From `dials`; None means the defaults.
           key: Random key for dropout on the corrections; None means evaluation.
-          lay: Where activations beside corrected weights lie; see `walk.Walk`.
+          lay: Where activations beside weights lie; see `walk.Walk`.
 
         Returns:
           What the model returns.
@@ -246,6 +246,10 @@ class Adapted:
             self._operand(path, frozen, trained, dials, key)
             for path in self._programs.structure.paths
         ]
+        if walk.lay is not None:
+            # Uses of weights that nothing corrects are met, too.
+            paths = self._programs.structure.paths
+            leaves = list(map(plain_view, paths, leaves))
         jaxpr, consts, out = self._programs(inputs)
         results = walk(jaxpr, [*consts, *leaves, *jax.tree.leaves(inputs)])
         values = [walk.materialize(v, "output of the model") for v in results]

@@ -158,9 +158,7 @@ def find(
     candidates = {
         path
         for path, leaf in flat.items()
-        if (among is None or path in among)
-        and len(leaf.shape) >= 2
-        and _holds_weights(leaf.dtype)
+        if (among is None or path in among) and _is_weight(leaf)
     }
     walk = inject.walk(allow_dense=True, shapes_only=True)
 
@@ -179,10 +177,18 @@ def find(
     return {path: _site(path, flat, tuple(found)) for path, found in uses.items()}
 
 
-def _holds_weights(dtype: Any) -> bool:
-    """Whether an array of this type may be a weight: real, or quantised."""
+def plain_view(path: str, leaf: Any) -> Any:
+    """A weight that nothing corrects, as a view whose uses are met; else the leaf."""
+    is_view = isinstance(leaf, WeightView)
+    return leaf if is_view or not _is_weight(leaf) else _unlabelled(path, leaf)
+
+
+def _is_weight(leaf: Any) -> bool:
+    """Whether an array may be a weight: of two axes or more, real or quantised."""
+    dtype = leaf.dtype
     whole = jnp.issubdtype(dtype, jnp.integer)
-    return jnp.issubdtype(dtype, jnp.floating) or (whole and jnp.iinfo(dtype).bits <= 8)
+    real = jnp.issubdtype(dtype, jnp.floating)
+    return len(leaf.shape) >= 2 and (real or (whole and jnp.iinfo(dtype).bits <= 8))
 
 
 def _unlabelled(path: str, leaf: Any) -> WeightView:

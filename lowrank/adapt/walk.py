@@ -61,8 +61,8 @@ class Walk:
         no weight is known from the trace, and one use of a kind stands for all.
       checked: Kinds of uses that were met by a walk for shapes.
       ordinals: Uses of each weight so far; part of a use's dropout key.
-      lay: Says of what goes into a corrected weight, and of what comes out, where it
-        lies on a mesh, see `sharding.mesh.lay_rows`; None: nothing is said.
+      lay: Says of what goes into a weight, and of what comes out, where it lies on a
+        mesh, see `sharding.mesh.lay_rows`; None: nothing is said.
     """
 
     rules: Mapping[str, RewriteRule]
@@ -179,17 +179,26 @@ class Walk:
                 dims(batched), flops * view.trips, view.trips,
             )
         )  # fmt: skip
+        if self.lay is not None:
+            return self._laid(call)
         if view.delta is None or self._stands_for(call):
             return call.product()
-        if self.lay is not None and call.x is not None:
-            call.x = self.lay(call.x)
-        y: Any = view.delta.use(view.factors, view.dials, call)
-        if self.lay is not None:
-            y = self.lay(y)
+        y = view.delta.use(view.factors, view.dials, call)
         if self.shapes_only:
             # What follows is known from the trace, and would not notice.
             call.check_answer(y)
         return y
+
+    def _laid(self, call: DotCall) -> Any:
+        """A use whose input and answer are told where they lie."""
+        assert self.lay is not None
+        view = call.view
+        if call.x is not None:
+            call.x = self.lay(call.x)
+        if view.delta is None:
+            return self.lay(call.product())
+        y: Any = view.delta.use(view.factors, view.dials, call)
+        return self.lay(y)
 
     def _stands_for(self, call: DotCall) -> bool:
         """Whether a use of this kind was checked before."""

@@ -6,11 +6,10 @@ is nothing but an argument of the program, moved, cast or cut, is that argument 
 weight of the base, a factor), whatever its shape; all else was computed.
 """
 
-import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 #: Where a value comes from: an argument's name; None: it was computed. Of a tuple, a
@@ -45,6 +44,7 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_PARTS = re.compile(r'custom_call_target="(?:AsyncCollective|ConcatBitcast)')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTED = re.compile(r"replica_groups=\{(\{[^=]*?\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -205,8 +205,8 @@ class _Program:
                 return given[number]
             named = _OP_NAME.search(one.text)
             return named[1].replace("\\'", "'") if named else None
-        if one.kind == "tuple":
-            return tuple(operands)
+        if one.kind in ("tuple", "concatenate"):
+            return tuple(operands) if one.kind == "tuple" else _joined(operands)
         if one.kind == "get-tuple-element":
             index = int(one.text.rsplit("index=", 1)[1].split(",")[0].split()[0])
             whole = operands[0] if operands else None
@@ -224,7 +224,7 @@ class _Program:
         if one.kind in ("fusion", "call", "async-start", "custom-call"):
             inside = called.get("calls") or called.get("to_apply")
             if inside is None:
-                return None
+                return _in_parts(one, operands)
             return self._walk(inside, operands, times, collects)
         if one.kind in ("async-update", "async-done"):
             return operands[0] if operands else None
@@ -335,6 +335,23 @@ def _closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
+def _in_parts(one: _Instruction, operands: Sequence[Origin]) -> Origin:
+    """Of what a TPU does in parts: the ends of an exchange, or of a copy."""
+    if not _PARTS.search(one.text):
+        return None
+    named = {origin for operand in operands for origin in _flat(operand)} - {None}
+    origin = named.pop() if len(named) == 1 else None
+    return (origin,) * len(one.arrays) if one.text.startswith("(") else origin
+
+
+def _flat(origin: Origin) -> Iterator[str | None]:
+    if isinstance(origin, tuple):
+        for part in origin:
+            yield from _flat(part)
+    else:
+        yield origin
+
+
 def _joined(origins: Sequence[Origin]) -> Origin:
     """What all of them are; None where they differ."""
     first, *others = origins
@@ -368,17 +385,3 @@ def _named_group(text: str, axes: str) -> int | None:
     if not names or not all(name in sizes for name in names):
         return None
     return math.prod(int(sizes[name]) for name in names)
-
-
-def totals(
-    exchanges: Sequence[Exchange], kind_of: Callable[[Exchange], str]
-) -> dict[tuple[str, str], dict[str, float]]:
-    """Sums over exchanges: (what, kind) -> "bytes" one device sends, and "times"."""
-    found: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(
-        lambda: {"bytes": 0.0, "times": 0.0}
-    )
-    for one in exchanges:
-        own = found[kind_of(one), one.kind]
-        own["bytes"] += one.bytes
-        own["times"] += one.times
-    return dict(found)

@@ -124,7 +124,7 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
     """One row per rehearsal."""
     header = (
         "| step | topology, mesh | fits | peak | base | factors, moments | "
-        "kept, other | base moved | gradients moved | activations moved | "
+        "kept, other | base moved | trained and gradients moved | activations moved | "
         "ms, estimated |"
     )
     lines = [header, "|" + "---|" * 11]
@@ -139,7 +139,7 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         for row in one.get("exchanges") or ():
             sent[row["moves"]] = sent.get(row["moves"], 0) + row["bytes"]
         moved = [sent.get(name, 0) for name in ("base", "gradients", "activations")]
-        moved[1] += sent.get("factors", 0)
+        moved[1] += sent.get("trained", 0)
         estimate = one.get("estimate")
         cells = [
             f"{one['base']}, {one['delta']}, {one['trials']} x {one['rows']} x "

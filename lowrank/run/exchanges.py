@@ -52,12 +52,12 @@ def gathered(read: Traffic, adapted: Adapted) -> dict[str, Any]:
 
 
 def moves(array: Array, origin: str | None, adapted: Adapted) -> str:
-    """What an array is: of the base, of factors, of gradients; a sum; or the rest."""
+    """What an array is: of the base, of what is trained, of gradients; or the rest."""
     name = "" if origin is None else origin.split("[")[0].split(".")[-1]
     if name == "frozen":
         return "base"
     if name in ("trained", "best"):
-        return "factors"
+        return "trained"
     if not [size for size in array.shape if size > 1]:
         return "sums"
     return "gradients" if _of_trained(array.shape, adapted) else "activations"
@@ -72,15 +72,31 @@ def _parts(one: Exchange) -> Iterator[tuple[Array, str | None]]:
 def _of_trained(shape: Sequence[int], adapted: Adapted) -> bool:
     """Whether an array may be a part of what is trained: of all layers, or of one.
 
-    Axes may be cut by the mesh, and those of layers and trials may be gone.
+    The mesh may have cut its inputs and outputs, never its layers or its components;
+    axes of layers and of trials may be gone.
     """
     given = [size for size in shape if size > 1]
-    for leaf in flatten(adapted.trained_shapes())[0].values():
-        whole = [size for size in leaf.shape if size > 1]
-        for start in range(len(whole)):
-            rest = whole[start:]
-            if len(rest) >= min(2, len(whole)) and len(rest) == len(given):
-                cut = zip(given, rest, strict=True)
-                if all(size % part == 0 for part, size in cut):
+    roles = adapted.roles()
+    for path, own in adapted.trained_shapes().items():
+        for name, leaf in flatten(own)[0].items():
+            if path in roles:
+                cut = [role in ("in", "out") for role in roles[path][name]]
+            else:
+                cut = [d >= len(leaf.shape) - 2 for d in range(len(leaf.shape))]
+            axes = [
+                (size, may)
+                for size, may in zip(leaf.shape, cut, strict=True)
+                if size > 1
+            ]
+            for start in range(max(len(axes) - 1, 1)):
+                if _is_part(given, axes[start:]):
                     return True
     return False
+
+
+def _is_part(given: Sequence[int], axes: Sequence[tuple[int, bool]]) -> bool:
+    """Whether sizes are those of axes, of which some may be cut."""
+    return len(given) == len(axes) and all(
+        size % part == 0 if cut else size == part
+        for part, (size, cut) in zip(given, axes, strict=True)
+    )
