@@ -218,6 +218,19 @@ def test_rows_stay_split_where_weights_are():
         )
 
 
+def test_what_goes_into_every_weight_and_comes_out_is_told_where_it_lies():
+    params = {"in": jnp.ones((16, 16)), "out": jnp.ones((16, 24))}
+    apply = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
+    x = jnp.ones((8, 16))
+    # One of them is corrected, the other is not.
+    model = attach(apply, params, x, rules=[Rule("in", LoRA(), rank=2)])
+    lay = lay_rows(MeshSpec(data=2, fsdp=2, tensor=2).build(), 8)
+    given = (*model.init(jax.random.key(0)), x)
+    told = jax.jit(functools.partial(model.apply, lay=lay)).lower(*given).as_text()
+    assert told.count("sharding_constraint") == 4
+    assert "sharding_constraint" not in jax.jit(model.apply).lower(*given).as_text()
+
+
 @pytest.mark.parametrize(
     ("asked", "rows"), [({"data": 8}, 8), ({"tensor": 8}, 8), ({"fsdp": 8}, 12)]
 )
