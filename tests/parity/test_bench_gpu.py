@@ -9,7 +9,7 @@ import pytest
 
 from experiments.bench import decoders, gpu
 from experiments.bench.setting import Setting
-from experiments.bench.shapes import SHAPES, config_of, model_flops
+from experiments.bench.shapes import config_of, model_flops
 from lowrank.core.errors import UnknownName
 
 pytestmark = pytest.mark.parity
@@ -76,7 +76,7 @@ def test_weights_are_drawn_in_their_own_type():
 def test_large_shapes_have_their_size():
     sizes = {"1b": 1.24e9, "8b": 8.03e9}
     for name, size in sizes.items():
-        config = SHAPES[name]
+        config = config_of(name)
         # Four FLOPs per weight and token, but for attention and factors.
         flops = model_flops(config, 1, 1, 1)
         assert flops / 4 == pytest.approx(size, rel=0.15), name
