@@ -1,6 +1,7 @@
 """A step for a pod, compiled here: python -m experiments.rehearse mesh=v5e_256"""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,7 @@ def stand_in(topology: str | None) -> None:
         return
     chip, along = topology_of(topology)
     if chip.platform == "cpu":
-        count = 1
-        for size in along:
-            count *= size
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", math.prod(along))
 
 
 main = command(run, config_name="rehearse")

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.bench.factors import draw_factors, draw_tokens
 from experiments.bench.setting import Setting
-from experiments.bench.shapes import SHAPES, config_of
+from experiments.bench.shapes import SHAPES
 from lowrank.adapt.attach import Adapted, attach
 from lowrank.adapt.rules import Rule
 from lowrank.core.trees import count, flatten
@@ -60,7 +60,6 @@ def batch_of(setting: Setting, vocab_size: int) -> dict[str, np.ndarray]:
 
 def drawn(setting: Setting) -> Language:
     """A base of a shape of `bench.shapes` with random weights, made on the device."""
-    config_of(setting.model)
     name, dtype = SHAPES[setting.model], setting.dtype
     base = shaped(name, remat=setting.remat, dtype=dtype, weights=dtype)
     leaves, structure = flatten(base.params)

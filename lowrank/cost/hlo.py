@@ -126,13 +126,11 @@ class Traffic:
       stacked: Bytes of what a loop leaves for another one, an entry per trip: of layers
         that are scanned, what the pass forward keeps for the pass back.
       unbounded: Loops of unknown length; each is counted as one trip.
-      largest: The largest array that anything computes, on one device.
     """
 
     exchanges: tuple[Exchange, ...]
     stacked: float
     unbounded: int
-    largest: Array
 
 
 def traffic(text: str, num_devices: int) -> Traffic:
@@ -165,14 +163,8 @@ class _Program:
 
     def read(self) -> Traffic:
         self._walk(self.entry, (), 1.0, True)
-        arrays = (
-            a for own in self.computations.values() for i in own for a in i.arrays
-        )
-        largest = max(arrays, key=lambda a: a.bytes, default=Array("f32", ()))
-        return Traffic(
-            tuple(self._found.values()), sum(self._stacked.values()), self._unbounded,
-            largest,
-        )  # fmt: skip
+        stacked = sum(self._stacked.values())
+        return Traffic(tuple(self._found.values()), stacked, self._unbounded)
 
     def _walk(
         self, name: str, given: Sequence[Origin], times: float, collects: bool

@@ -7,6 +7,7 @@ told of those is the compiler's.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,9 +68,7 @@ def search(config: Mapping[str, Any]) -> dict[str, Any]:
         return rehearse(config)
     chip, along = topology_of(mesh.topology)
     shape = shape_of(config, asked)
-    count = 1
-    for size in along:
-        count *= size
+    count = math.prod(along)
     found = list(candidates(shape, asked, chip, count, max(mesh.trial, 1)))
     if not found:
         raise BadInput(
@@ -78,7 +77,7 @@ def search(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     room = lambda one: one.bytes > chip.usable
     found.sort(key=lambda one: (room(one), one.seconds))
-    tried = [rehearse(_with(config, one)) for one in found[: max(asked.tries, 1)]]
+    tried = [rehearse(_with(config, one)) for one in found[: asked.tries]]
     tried.sort(key=lambda one: (not one["fits"], _seconds(one)))
     return {"candidates": len(found), "tried": tried}
 

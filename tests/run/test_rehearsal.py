@@ -5,12 +5,14 @@ import importlib.util
 import json
 
 import pytest
+from jax.experimental import topologies
 from tiny_run import composed
 
 from experiments.rehearse import run
 from lowrank.core.errors import BadInput, UnknownName
+from lowrank.cost.chips import topology_of
 from lowrank.report.rehearsal import advice, markdown
-from lowrank.run.rehearsal import rehearse
+from lowrank.run.rehearsal import devices_of, rehearse
 from lowrank.run.rehearsal_search import search
 
 SMALL = (
@@ -163,13 +165,16 @@ def test_what_cannot_be_rehearsed_is_refused(overrides, error, said):
         rehearse(config(*overrides))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is not None,
-    reason="libtpu is here: tests/rehearsals tries it",
-)
-def test_without_libtpu_a_slice_is_refused_with_what_to_install():
+def test_without_libtpu_a_slice_is_refused_with_what_to_install(monkeypatch):
+    """As where it is not installed, whether it is or not."""
+
+    def missing(**asked):
+        raise RuntimeError("JAX TPU support not installed")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"pip install 'lowrank\[rehearse\]'"):
-        rehearse(config("mesh.topology=v5e:4x4", "mesh.fsdp=16"))
+        devices_of(*topology_of("v5e:4x4"), "v5e:4x4")
 
 
 def test_a_run_is_told_that_a_shape_has_no_weights(world):
