@@ -25,6 +25,7 @@ from lowrank.run.settings import BATCHINGS, BaseSpec, Evaluation, RunSpec, read
 from lowrank.run.survey import Survey
 from lowrank.run.sweep import Halving, SweepSpec
 from lowrank.sharding.mesh import MeshSpec
+from lowrank.sharding.processes import Processes
 from lowrank.sweeps.report import ReportSpec
 from lowrank.track.trackers import Track
 from lowrank.train.guard import NonFinitePolicy
@@ -37,6 +38,7 @@ GROUPS = {
     "evaluate": Evaluation,
     "mesh": MeshSpec,
     "penalty": Penalties,
+    "processes": Processes,
     "profile": Profile,
     "sweep": SweepSpec,
     "track": Track,
@@ -56,6 +58,7 @@ OWED = {
         ("rnnlg", "answers", "choices", "text", "values", "images"), "data.path=x"
     ),
     "given": "ranks.ranks={head: 1}",
+    "manual": "processes.count=2; processes.index=1; processes.coordinator='a:1'",
     "shuffled": "ranks.ranks={head: 1}",
 }
 
@@ -104,7 +107,7 @@ def test_there_is_something_to_check():
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_every_file_of_a_group_is_understood(path):
     group, name = path.parent.name, path.stem
-    owed = [OWED[name]] if name in OWED else []
+    owed = OWED[name].split("; ") if name in OWED else []
     settings = read(composed("config", f"{group}={name}", *owed))
     assert settings.trial_id
     assert settings.rules("head/**")

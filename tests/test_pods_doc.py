@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+import yaml
 from test_readme import composed
 
 from experiments.rehearsal_tables import PAGE, RUNS, stored, with_tables
@@ -20,6 +21,20 @@ LINES = [
     shlex.split(line, comments=True)
     for line in BLOCKS.replace("\\\n", " ").splitlines()
     if line.startswith("python -m experiments.")
+]
+#: Of launch recipes, what a host runs, as its shell would see it.
+SHELL = {
+    "$SKYPILOT_NUM_NODES": "2",
+    "$SKYPILOT_NODE_RANK": "1",
+    '$(echo "$SKYPILOT_NODE_IPS" | head -n1)': "10.0.0.1",
+}
+RECIPES = [
+    found.rstrip('"')
+    for block in re.findall(r"```(?:bash|yaml)\n(.*?)```", TEXT, re.DOTALL)
+    for found in re.findall(
+        r"python -m experiments\.train [^\n]*?processes=[^\n]*",
+        re.sub(r"\\\n\s*", " ", block),
+    )
 ]
 PRESETS = sorted(
     path.stem
@@ -46,6 +61,26 @@ def test_a_line_composes(line):
 
 def test_there_are_lines():
     assert len(LINES) >= 8
+    assert len(RECIPES) == 4
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_recipe_starts_composes(recipe):
+    for variable, value in SHELL.items():
+        recipe = recipe.replace(variable, value)
+    assert "$" not in recipe
+    given = shlex.split(recipe)[3:]
+    settings = read(composed("config", *given))
+    assert settings.processes.count in (None, 2)
+    assert math.prod(settings.mesh.asked.values()) >= 16
+    assert settings.run.root is not None, "a run directory that all hosts see"
+
+
+def test_the_recipe_for_skypilot_is_a_task():
+    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    task = yaml.safe_load(block)
+    assert task["num_nodes"] * 8 == 16
+    assert "processes=manual" in task["run"]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -319,7 +319,8 @@ class Checkpoints:
         message = (
             f"checkpoint {save.step} could not be written to {self.directory}: {error}"
         )
-        if self._num_failures >= _MAX_FAILURES:
+        # Of several processes, the others wait at another place.
+        if self._num_failures >= (_MAX_FAILURES if jax.process_count() == 1 else 1):
             raise CannotWrite(
                 f"{message}. It is failure {self._num_failures} in a row; good steps "
                 f"are {list(self.good_steps())}. Free space there and start again."

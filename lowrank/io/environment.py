@@ -15,6 +15,8 @@ import jax
 
 from lowrank.core.secrets import REDACTED, is_secret_name, redact_text
 
+#: The sources of this package.
+PACKAGE = Path(__file__).parents[1]
 _PACKAGES = (
     "lowrank",
     "jax",
@@ -93,6 +95,16 @@ def describe_source(directory: Path) -> dict[str, Any] | None:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     dirty = digest.hexdigest() if changes or others else None
     return {"commit": commit.decode().strip(), "dirty": dirty}
+
+
+def code_fingerprint(folder: Path = PACKAGE) -> str:
+    """sha256 over the source files of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(
+            str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes()
+        )
+    return digest.hexdigest()
 
 
 def redact_command(argv: Sequence[str]) -> list[str]:

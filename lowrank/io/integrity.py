@@ -19,6 +19,7 @@ import numpy as np
 from lowrank.core.arrays import PyTree
 from lowrank.core.errors import BadInput, NonFinite
 from lowrank.core.trees import flatten, leaf_digest
+from lowrank.sharding.processes import on_host
 
 #: Version of what a step directory holds. It grows when an older reader would err.
 LAYOUT = 1
@@ -226,19 +227,6 @@ def mismatch(stored: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> str:
     if different:
         problems.append(f"these differ: {listed(different)}")
     return "; ".join(problems)
-
-
-def on_host(leaf: jax.Array) -> np.ndarray:
-    """The whole of `leaf` as an own NumPy array, also if other hosts hold parts."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if leaf.is_fully_addressable:
-        return np.array(leaf)
-    if leaf.is_fully_replicated:
-        return np.array(leaf.addressable_data(0))
-    from jax.experimental import multihost_utils
-
-    return np.array(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def escape(path: str) -> str:

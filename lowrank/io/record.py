@@ -64,7 +64,10 @@ class Record:
     Attributes:
       directory: The absolute path.
       attempt: 1 for a fresh directory, one more for every time it was continued.
+      writes: Whether it is written here; see `io.onlooker`.
     """
+
+    writes = True
 
     def __init__(self, directory: Path, lock: Lock, status: dict[str, Any]):
         """For `open` only."""
@@ -238,9 +241,7 @@ class Record:
           CannotWrite: The file system refused.
         """
         if status not in ("running", "done", "failed", "preempted"):
-            raise BadInput(
-                f"a status is running, done, failed or preempted, not {status!r}"
-            )
+            raise BadInput(f"a record is running, done, failed, preempted: {status!r}")
         if reason is not None:
             reason = redact_text(reason)[:_MAX_REASON_LENGTH]
         self._status |= {
@@ -385,10 +386,9 @@ def _config_changes(path: Path, config: Mapping[str, Any]) -> str:
 def _leaves(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _leaves(item, f"{name}.{key}" if name else str(key))
-    return flat
+    named = lambda key: f"{name}.{key}" if name else str(key)
+    parts = [_leaves(item, named(key)) for key, item in value.items()]
+    return {path: leaf for part in parts for path, leaf in part.items()}
 
 
 def _checked(name: str) -> str:

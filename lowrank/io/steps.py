@@ -18,7 +18,9 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from lowrank.core.trees import leaf_digest
-from lowrank.io.integrity import Integrity, Leaf, escape, on_host
+from lowrank.io.integrity import Integrity, Leaf, escape
+from lowrank.sharding.mesh import put
+from lowrank.sharding.processes import on_host, trouble
 
 #: Inside a step: what Orbax writes last, and our list of hashes.
 MARKER = "commit_success.txt"
@@ -87,13 +89,15 @@ def load(
             if failure is not None:
                 # Its tasks complain when they are collected, so that is done in here.
                 gc.collect()
+            # Of several processes all go on with this step, or none.
+            if (failure := trouble(failure)) is not None:
                 return failure
     leaves = {}
     for path, leaf in wanted.items():
         stored = record.leaves[path]
         if not stored.num_elements:
             array = jnp.zeros(leaf.shape, leaf.dtype)
-            leaves[path] = jax.device_put(array, _sharding(leaf))
+            leaves[path] = put(array, _sharding(leaf))
             continue
         array = raw[escape(path)]
         if leaf_digest(path, on_host(array)) != stored.sha256:

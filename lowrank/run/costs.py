@@ -35,7 +35,8 @@ class Ledgers:
             "counts": sizes(prepared.adapted, dials),
             "num_trials": len(self._fitted.ended),
         }
-        if prepared.settings.evaluate.latency:
+        # Of several processes, none has the whole of the base to time it.
+        if prepared.settings.evaluate.latency and jax.process_count() == 1:
             known["inference"] = self._timed(prepared, trained, dials)
         if self._fitted.pack is None:
             return {**CostLedger.gather(**known).json(), "shapes": {}}

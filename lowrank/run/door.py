@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,9 @@ from lowrank.core.errors import (
 )
 from lowrank.core.secrets import redact_text
 from lowrank.core.spec import digest
+from lowrank.run.meeting import meet
 from lowrank.run.settings import ASIDE
+from lowrank.sharding.processes import leave, together
 from lowrank.train.guard import end_at_next_signal
 
 _QUOTED_KEY = re.compile(r"""(?:"([^"]+)"|'([^']+)')\s*:""")
@@ -72,6 +75,7 @@ def command(
         log_to_stderr()
         try:
             given = resolve(config)
+            meet(given)
             sweep = given.get("sweep") or {}
             if sweep.get("dry_run"):
                 raise BadInput(
@@ -105,12 +109,18 @@ def command(
             hydra_main()
         except SystemExit as stop:
             if stop.code != 1:
-                raise
+                leave(int(stop.code or 0))
             # Hydra's answer to a failed trial, to a bug, and to a config that does not
             # compose, which is bad input.
-            sys.exit(course.code or (BUG if course.started else BAD_INPUT))
-        if course.code:
-            sys.exit(course.code)
+            leave(course.code or (BUG if course.started else BAD_INPUT))
+        except BaseException:
+            if not together():
+                raise
+            # In JAX's own farewell it would wait for processes that wait for it.
+            traceback.print_exc()
+            leave(BUG)
+        if course.code or together():
+            leave(course.code)
 
     return main
 

@@ -29,6 +29,7 @@ from lowrank.deltas.base import Delta
 from lowrank.deltas.lora import LoRA
 from lowrank.deltas.probe import Probe
 from lowrank.run.forward import on_inputs
+from lowrank.sharding.processes import within_reach
 from lowrank.train.batches import Batches
 from lowrank.train.losses import Loss
 from lowrank.train.ranks import RankEvents
@@ -167,7 +168,13 @@ def _under(
         return sums.loss / jnp.maximum(sums.weight, 1e-9)
 
     slope = jax.jit(jax.grad(judged))
-    return lambda trained, constants, batch: slope(trained, frozen, constants, batch)
+
+    def at(trained: Trained, constants: Any, batch: Any) -> Trained:
+        # Of several processes, each has these whole and a part of the base.
+        own = jax.tree.map(np.asarray, (trained, constants))
+        return within_reach(slope(own[0], frozen, own[1], batch))
+
+    return at
 
 
 def _eye(site: Site, role: str, block: int) -> Array:

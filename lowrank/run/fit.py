@@ -36,6 +36,7 @@ from lowrank.run.ranks import begun, check_settled, gauges
 from lowrank.run.storage import Storage
 from lowrank.sharding.mesh import MeshSpec, batch_shapes, place_batch, put
 from lowrank.sharding.partition import Rule
+from lowrank.sharding.processes import first
 from lowrank.train import state as states
 from lowrank.train.batches import PATCH, TrainBatches
 from lowrank.train.examples import check_examples_apart
@@ -241,9 +242,9 @@ def fit(
         alive("compilation")
         examples = batches.examples()
         if moving is not None and moving.of_examples:
-            first = lambda tree: jax.tree.map(lambda x: x[0], tree)
-            own = map(first, (state.trained, state.dials, state.constants, examples[0]))
-            check_examples_apart(model, loss, frozen, *own)
+            of_first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+            own = (state.trained, state.dials, state.constants, examples[0])
+            check_examples_apart(model, loss, frozen, *map(of_first, own))
         step = make_step(
             model, loss, optims[0], batches.num_steps, adapted.draws, adapted.active,
             imposed, adapted.roles(), aged, moving.of_step if moving else (),
@@ -261,14 +262,15 @@ def fit(
     if pack is not None:
         # What ends a trial or keeps its best compiles nothing later: this one changes
         # nothing.
-        nothing = jnp.full(len(seeds), states.NO_VALUE, jnp.float32)
-        state = states.settle(state, nothing, jnp.ones(len(seeds), bool))
+        nothing = np.full(len(seeds), states.NO_VALUE, np.float32)
+        state = states.settle(state, nothing, np.ones(len(seeds), bool))
         # Shapes only: the state itself is donated to the first step.
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
+        shown = progress and first()
         around = contextlib.nullcontext(pack) if watch is None else watch(pack)
-        with _progress(progress) as report, _closing(storage), around as steps:
+        with _progress(shown) as report, _closing(storage), around as steps:
             events = Events(
                 log=log or (lambda position, rows: None),
                 save=storage.save if storage else (lambda *a: None),

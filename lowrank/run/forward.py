@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from lowrank.core.arrays import Dials, Frozen, Trained
 from lowrank.sharding.mesh import (
     batch_shapes,
-    by_trial,
+    for_host,
     lay_rows,
     place_batch,
     trial_axis,
@@ -61,7 +61,7 @@ class Forward:
             return every(frozen, trained, dials, batch)
 
         # Rows come together again; trials stay where they are until they are read.
-        self._jitted = jax.jit(infer, out_shardings=by_trial(mesh))
+        self._jitted = jax.jit(infer, out_shardings=for_host(mesh))
 
     def compile(self, trained: Trained, dials: Dials, batches: Sequence[Batch]) -> None:
         """Compiles for the shapes of `batches` that are new."""

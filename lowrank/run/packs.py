@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 
 from lowrank.core.errors import (
     BadInput,
@@ -23,26 +22,26 @@ from lowrank.core.errors import (
     NonFinite,
     OutOfMemory,
 )
-from lowrank.core.secrets import redact
 from lowrank.core.spec import digest
 from lowrank.core.trees import fingerprint
 from lowrank.io.checkpoints import Checkpoints
-from lowrank.io.files import write_atomically
 from lowrank.io.history import MOVES
 from lowrank.io.record import Record
 from lowrank.run.checks import check_plan
 from lowrank.run.fit import Fit, fit
 from lowrank.run.forward import Batch, on_inputs
-from lowrank.run.placing import place
+from lowrank.run.placing import place, unchanged
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
 from lowrank.run.preview import Planned, lowered
 from lowrank.run.profile import Profile, watched
 from lowrank.run.ranks import begun, gauges, moves, over_time
+from lowrank.run.recording import open_records
 from lowrank.run.results import Results, flat_numbers
 from lowrank.run.settings import Settings
 from lowrank.run.ship import ship
 from lowrank.run.storage import Source, Storage
 from lowrank.run.watch import Watch, watching
+from lowrank.sharding.processes import agree, first
 from lowrank.train.guard import interruptible
 from lowrank.train.penalties import impose
 from lowrank.train.watchdog import Watchdog
@@ -145,27 +144,19 @@ def _run_pack(
     sources: Sequence[Source],
 ) -> list[Outcome]:
     validation = check_pack(prepared)
+    identity = prepared.trials[0].identity
+    agree(
+        {f"the {name} fingerprint": mark for name, mark in identity.items()},
+        "Give all of them the same files: base, data and this package.",
+    )
     run = prepared.trials[0].settings.run
     with contextlib.ExitStack() as stack:
-        records = [
-            stack.enter_context(
-                Record.open(
-                    trial.directory,
-                    config=trial.settings.config,
-                    identity=trial.identity,
-                    force=trial.settings.run.force,
-                )
-            )
-            for trial in prepared.trials
-        ]
+        records = open_records(prepared.trials, overrides, stack)
         done = [record.finished for record in records]
         if all(one is not None for one in done):
             for record in records:
                 logger.info("finished earlier: %s", record.directory)
             return [Outcome(one) for one in done]
-        for trial, record, own in zip(prepared.trials, records, overrides, strict=True):
-            if record.finished is None:
-                write_hydra(record.directory, trial.settings.config, own)
 
         def fail(reason: str) -> None:
             for record in records:
@@ -301,7 +292,7 @@ def _train(
             raise
         return [_failed(record, error) for record in records]
     # Promise M1: the base is never changed.
-    if fingerprint(fitted.frozen) != before:
+    if not unchanged(together.frozen(), before, fitted.frozen):
         raise Corrupt("the frozen base changed during the run; please report this")
     results = Results(prepared, fitted, watchdog.alive)
     outcomes = []
@@ -327,7 +318,7 @@ def _train(
 
 def _profiled(profile: Profile, directory: Path):
     """What `fit` is to be watched by; the first trial's directory has the table."""
-    if not profile.steps:
+    if not profile.steps or not first():
         return None
     return lambda pack: watched(pack, profile, directory)
 
@@ -345,10 +336,12 @@ def _finish(
         moved = over_time(fitted.events, fitted.state, number)
         record.save_arrays("ranks", **_flat(moved))
         record.write_json(MOVES, moves(fitted.events, fitted.state, number))
-    ship(record.directory, prepared.trials[number], *results.trees(number))
+    trees = results.trees(number)
+    if record.writes:
+        ship(record.directory, prepared.trials[number], *trees)
     # The result comes last and seals what is there; a kill in between drops the
     # summary with the metrics behind the last checkpoint.
-    watch.trackers(int(fitted.state.step)).summary(flat_numbers(result))
+    watch.summary(int(fitted.state.step), flat_numbers(result))
     record.result(result)
     watch.status = "done"
     logger.info("finished at step %d: %s", result["steps"], record.directory)
@@ -365,19 +358,6 @@ def _failed(record: Record, error: LowrankError) -> Outcome:
 def _pack_id(ids: Sequence[str]) -> str:
     """What the checkpoints of a pack belong to; of a pack of one, its trial."""
     return ids[0] if len(ids) == 1 else digest(list(ids))
-
-
-def write_hydra(
-    directory: Path, config: Mapping[str, Any], overrides: Sequence[str]
-) -> None:
-    """Writes `.hydra/` as Hydra would, had it heard of secrets."""
-    folder = directory / ".hydra"
-    contents = {"config": redact(config), "overrides": redact(list(overrides))}
-    for name, value in contents.items():
-        text = yaml.safe_dump(value, sort_keys=False).encode()
-        write_atomically(
-            folder / f"{name}.yaml", lambda file, text=text: file.write(text)
-        )
 
 
 @contextlib.contextmanager

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank.adapt.attach import Adapted
-from lowrank.core.trees import flatten
+from lowrank.core.arrays import Frozen
+from lowrank.core.trees import fingerprint, flatten, leaf_digest
 from lowrank.sharding.mesh import MeshSpec
 from lowrank.sharding.partition import Rule, partition, spec_of
 from lowrank.train import state as states
@@ -38,6 +40,25 @@ class Placement:
         """Shapes, with where they lie, for a program that is compiled from shapes."""
         shaped = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
         return jax.tree.map(shaped, tree, where)
+
+
+def unchanged(whole: Frozen, before: str, placed: Frozen) -> bool:
+    """Whether the base on its devices is the base as it was loaded.
+
+    Args:
+      whole: As it was loaded; on one device that is `placed` itself.
+      before: Its fingerprint, from before the run.
+      placed: On its devices. Of several processes, each looks at what it holds.
+    """
+    if all(leaf.is_fully_addressable for leaf in placed.values()):
+        return fingerprint(placed) == before
+    for path, leaf in placed.items():
+        loaded = np.asarray(whole[path])
+        parts = {str(shard.index): shard for shard in leaf.addressable_shards}
+        for part in parts.values():
+            if leaf_digest(path, part.data) != leaf_digest(path, loaded[part.index]):
+                return False
+    return True
 
 
 def place(

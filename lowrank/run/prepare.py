@@ -15,6 +15,7 @@ from lowrank.allocate.slots import Slots
 from lowrank.core.arrays import Dials
 from lowrank.core.errors import BadInput
 from lowrank.cost.count import Counts, count_parameters
+from lowrank.io.environment import code_fingerprint
 from lowrank.io.files import local_path
 from lowrank.io.hub import Base
 from lowrank.io.language import Language
@@ -29,8 +30,6 @@ from lowrank.run.warm import Warm, fingerprint_of, warm_start
 from lowrank.train.batches import TrainBatches
 
 logger = logging.getLogger(__name__)
-
-PACKAGE = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,16 +216,6 @@ def directory_of(settings: Settings) -> Path:
     if run.directory is not None:
         return local_path(run.directory)
     return local_path("runs" if run.root is None else run.root) / settings.trial_id
-
-
-def code_fingerprint(folder: Path = PACKAGE) -> str:
-    """sha256 over the source files of this package."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(
-            str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes()
-        )
-    return digest.hexdigest()
 
 
 def sizes(adapted: Adapted, dials: Dials | None = None) -> Counts:

@@ -92,7 +92,8 @@ def lowered(planned: Planned, num_trials: int = 1, mesh: Mesh | None = None) -> 
     asked, num_steps = settings.mesh, planned.num_steps
     if mesh is None:
         asked = asked.for_trials(num_trials)
-        mesh = asked.build()
+        # It is not run: of several processes, not all need take part.
+        mesh = asked.build(jax.devices())
     placed = place(adapted, asked, mesh, planned.partition)
     model = on_inputs(adapted.apply, planned.inputs, mesh)
     imposed = impose([settings.penalty], adapted.sites, adapted.thin)

@@ -17,6 +17,7 @@ from lowrank.run.language import LanguageProblem
 from lowrank.run.prepare import PreparedPack
 from lowrank.run.problem import Scored
 from lowrank.run.saying import Said
+from lowrank.sharding.processes import within_reach
 
 
 class Results:
@@ -46,9 +47,8 @@ class Results:
     def trees(self, trial: int) -> tuple[Trained, Dials]:
         """A trial's chosen tree and its dials, as it would have them alone."""
         fitted = self._fitted
-        return self._prepared.variants.own(
-            trial, fitted.trained(trial), fitted.dials(trial)
-        )
+        own = within_reach((fitted.trained(trial), fitted.dials(trial)))
+        return self._prepared.variants.own(trial, *own)
 
     def judge(self, trial: int, record: Record) -> dict[str, Any]:
         """Scores a trial, saves predictions and costs, puts its result together.
@@ -87,7 +87,8 @@ class Results:
             costs = earlier
         record.write_json("costs.json", costs)
         state = fitted.state
-        own = lambda tree: jax.tree.map(lambda x: x[trial : trial + 1], tree)
+        row = lambda tree: jax.tree.map(lambda x: x[trial : trial + 1], tree)
+        own = lambda tree: within_reach(row(tree))
         return {
             "trial": settings.trial_id,
             "base": {

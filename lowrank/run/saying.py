@@ -21,6 +21,7 @@ from lowrank.data.talk import Talk
 from lowrank.evaluate.progress import bar
 from lowrank.io.language import Language
 from lowrank.models.generation import Choose, generate, greedy
+from lowrank.sharding.processes import on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +85,15 @@ class Speaker:
                 f"more than {base.max_length}, the longest that {base.name} was made "
                 "for; leave the question out, or allow shorter answers"
             )
-        self._choose, self._key = choose, jax.random.key(seed)
+        self._choose, self._seed = choose, seed
         self._progress, self._alive = progress, alive
 
     def merged(self, params: Any) -> Said:
         """The answers of one model, given by its weights."""
-        own = lambda params, x, key: self._generate(
-            lambda batch, cache: self._base.read(params, batch, cache), x, key
+        own = lambda params, x, rows: self._generate(
+            lambda batch, cache: self._base.read(params, batch, cache), x, rows
         )
-        program = jax.jit(lambda params, x, key: _of_one(own(params, x, key)))
+        program = jax.jit(lambda params, x, rows: _of_one(own(params, x, rows)))
         (said,) = self._say(functools.partial(program, params))
         return said
 
@@ -118,19 +119,19 @@ class Speaker:
         reads = adapted.around(base.read, example, empty)
 
         def one(
-            trained: Trained, dials: Dials, frozen: Frozen, x: Any, key: Any
+            trained: Trained, dials: Dials, frozen: Frozen, x: Any, rows: Any
         ) -> Any:
             read = lambda batch, cache: reads.apply(
                 frozen, trained, batch, cache, dials=dials
             )
-            return self._generate(read, x, key)
+            return self._generate(read, x, rows)
 
         each = jax.vmap(one, in_axes=(0, 0, None, None, None))
-        program = jax.jit(lambda f, t, d, x, key: each(t, d, f, x, key))
+        program = jax.jit(lambda f, t, d, x, rows: each(t, d, f, x, rows))
         return self._say(functools.partial(program, frozen, trained, dials))
 
-    def _generate(self, read: Callable, prompts: Mapping[str, Any], key: Any) -> tuple:
-        base = self._base
+    def _generate(self, read: Callable, prompts: Mapping[str, Any], rows: Any) -> tuple:
+        base, root = self._base, jax.random.key(self._seed)
         return generate(
             read,
             prompts,
@@ -139,7 +140,7 @@ class Speaker:
             end=jnp.array(base.end, jnp.int32),
             pad=base.spec.pad_id,
             choose=self._choose,
-            key=key,
+            key=jax.vmap(jax.random.fold_in, (None, 0))(root, rows),
         )
 
     def _say(self, answer: Callable[..., tuple]) -> list[Said]:
@@ -150,10 +151,9 @@ class Speaker:
             for first in firsts:
                 own = self._prompts[first : first + self._together]
                 began = time.perf_counter()
-                rows = jnp.arange(first, first + self._together)
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(self._key, rows)
-                found = answer(self._padded(own), keys)
-                ids, real = (np.asarray(x)[:, : len(own)] for x in found)
+                numbers = np.arange(first, first + self._together, dtype=np.int32)
+                found = answer(self._padded(own), numbers)
+                ids, real = (on_host(x)[:, : len(own)] for x in found)
                 if first:
                     # The first one compiles.
                     seconds += time.perf_counter() - began

@@ -32,6 +32,7 @@ from lowrank.run.profile import Profile
 from lowrank.run.ranks_group import Ranks, chosen, filled
 from lowrank.run.sweep import Halving, SweepSpec
 from lowrank.sharding.mesh import MeshSpec
+from lowrank.sharding.processes import Processes
 from lowrank.track.trackers import Track
 from lowrank.train.guard import NonFinitePolicy
 from lowrank.train.loop import LoopSpec
@@ -53,7 +54,7 @@ SCIENTIFIC = (
     "evaluate",
     "seed",
 )
-ASIDE = ("mesh", "track", "run", "plugins", "sweep", "profile")
+ASIDE = ("mesh", "processes", "track", "run", "plugins", "sweep", "profile")
 #: Fields of scientific groups that change no result: a rehearsal that was stopped on
 #: purpose is continued by the same command without the stop.
 #: Ranks count, not where they were taken from.
@@ -145,6 +146,7 @@ class Settings:
     non_finite: NonFinitePolicy
     evaluate: Evaluation
     mesh: MeshSpec
+    processes: Processes
     track: Track
     profile: Profile
     run: RunSpec
@@ -207,6 +209,7 @@ def read(config: Mapping[str, Any]) -> Settings:
         non_finite=plain(NonFinitePolicy, config.get("non_finite"), "non_finite"),
         evaluate=plain(Evaluation, config.get("evaluate"), "evaluate"),
         mesh=plain(MeshSpec, config.get("mesh"), "mesh"),
+        processes=plain(Processes, config.get("processes"), "processes"),
         track=plain(Track, config.get("track"), "track"),
         profile=plain(Profile, config.get("profile"), "profile"),
         run=plain(RunSpec, config.get("run"), "run"),

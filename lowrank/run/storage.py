@@ -15,7 +15,8 @@ import numpy as np
 from lowrank.core.errors import Corrupt
 from lowrank.core.trees import flatten
 from lowrank.io.checkpoints import Checkpoints
-from lowrank.io.integrity import on_host
+from lowrank.sharding.mesh import put
+from lowrank.sharding.processes import on_host
 from lowrank.track.jsonl import JsonlTracker
 from lowrank.train.state import TrainState
 
@@ -162,8 +163,8 @@ def _gathered(
         keys = jax.random.wrap_key_data(
             jnp.asarray(found), impl=jax.random.key_impl(leaf)
         )
-        return jax.device_put(keys, leaf.sharding)
-    return jax.device_put(found, leaf.sharding)
+        return put(keys, leaf.sharding)
+    return put(found, leaf.sharding)
 
 
 def _fitted(name: str, value: np.ndarray, start: np.ndarray) -> np.ndarray:

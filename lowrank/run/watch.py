@@ -17,20 +17,25 @@ class Watch:
     """A trial's trackers, made at the first thing to track.
 
     By then a continued run has cut its metrics file back to its checkpoint, which is
-    what an offline tracker replays.
+    what an offline tracker replays. A process that does not write the record tracks
+    nothing.
+
+    Attributes:
+      jsonl: The metrics file of the record; None where another process writes it.
+      status: What trackers are told in the end.
     """
 
     def __init__(self, settings: Settings, record: Record):
         self._settings, self._record = settings, record
         self._trackers: Trackers | None = None
-        self.jsonl = JsonlTracker(record.path(METRICS))
+        self.jsonl = JsonlTracker(record.path(METRICS)) if record.writes else None
         self.status = "failed"
 
-    def trackers(self, step: int) -> Trackers:
+    def _trackers_at(self, step: int, jsonl: JsonlTracker) -> Trackers:
         if self._trackers is None:
             self._trackers = build_trackers(
                 self._settings.track,
-                self.jsonl,
+                jsonl,
                 name=self._settings.trial_id,
                 run_id=self._settings.trial_id,
                 config=self._settings.config,
@@ -41,8 +46,10 @@ class Watch:
 
     def log(self, position: int, row: Mapping[str, float]) -> None:
         """Logs a trial's numbers, without those of penalties only neighbors have."""
+        if self.jsonl is None:
+            return
         wanted = self._settings.penalty.named
-        self.trackers(position).log(
+        self._trackers_at(position, self.jsonl).log(
             position,
             {
                 name: value
@@ -51,8 +58,14 @@ class Watch:
             },
         )
 
+    def summary(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Tells trackers what the trial came to."""
+        if self.jsonl is not None:
+            self._trackers_at(step, self.jsonl).summary(numbers)
+
     def close(self) -> None:
-        (self._trackers or self.jsonl).close(self.status)
+        if self.jsonl is not None:
+            (self._trackers or self.jsonl).close(self.status)
 
 
 @contextlib.contextmanager

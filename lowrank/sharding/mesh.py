@@ -11,6 +11,7 @@
 Which weight is split how is said by `sharding.partition`.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from lowrank.core.arrays import PyTree
@@ -103,16 +104,20 @@ class MeshSpec:
         """The mesh of the devices given, or of the first ones that there are.
 
         Raises:
-          BadInput: There are fewer devices than asked for.
+          BadInput: There are fewer devices than asked for; or, where none are given,
+            more, and not all that several processes have would take part.
         """
-        devices = jax.devices() if devices is None else devices
+        given = jax.devices() if devices is None else devices
         sizes = {
             name: count
-            for name, count in self.sizes(devices).items()
+            for name, count in self.sizes(given).items()
             if count > 1 or name == DATA
         }
+        taken = given[: math.prod(sizes.values())]
+        if devices is None:
+            _check_idle(taken, given)
         return Mesh(
-            _arranged(devices[: math.prod(sizes.values())], [*sizes.values()]),
+            _arranged(taken, [*sizes.values()]),
             tuple(sizes),
             axis_types=(AxisType.Auto,) * len(sizes),
         )
@@ -148,6 +153,18 @@ class MeshSpec:
         if fits == sizes[TRIAL]:
             return self
         return dataclasses.replace(self, **{**sizes, TRIAL: fits})
+
+
+def _check_idle(taken: Sequence[Any], devices: Sequence[Any]) -> None:
+    """Refuses a mesh that has no device of some process, or not all that it has."""
+    by_process = lambda some: collections.Counter(d.process_index for d in some)
+    there, used = by_process(devices), by_process(taken)
+    if len(there) > 1 and there != used:
+        raise BadInput(
+            f"the mesh takes {len(taken)} of the {len(devices)} devices of "
+            f"{len(there)} processes, and all must take part: make the product of "
+            f"mesh.trial, data, fsdp and tensor {len(devices)}, as mesh.data=-1 does"
+        )
 
 
 def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
@@ -256,17 +273,40 @@ def lay_rows(mesh: Mesh, num_rows: int) -> Callable[[Array], Array] | None:
     return lay
 
 
+def for_host(mesh: Mesh) -> NamedSharding:
+    """Where numbers lie that the host reads, trials first.
+
+    Along the trial axis, if there is one; of several processes, each of which reads
+    only what its own devices hold, all of them on every device.
+    """
+    processes = {device.process_index for device in mesh.devices.flat}
+    return replicated(mesh) if len(processes) > 1 else by_trial(mesh)
+
+
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """`tree` on all devices of the mesh; arrays already there are not copied."""
-    return jax.device_put(tree, replicated(mesh))
+    return put(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
 def put(tree: PyTree, where: PyTree) -> PyTree:
     """`tree`, leaf by leaf, on the shardings of a tree alike.
 
-    Arrays already there are not copied.
+    Arrays already there are not copied. Of several processes, each brings what its own
+    devices are to hold, and all have the same arrays: nothing is sent between them.
     """
-    return jax.tree.map(jax.device_put, tree, where)
+    return jax.tree.map(_put, tree, where)
+
+
+def _put(x: Any, where: Sharding) -> Array:
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if where.is_fully_addressable or not here:
+        return jax.device_put(x, where)
+    # `device_put` would send all of it around, to see whether all have the same.
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(x), where)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])
 
 
 def place_batch(

@@ -28,8 +28,11 @@ from lowrank.core.errors import BadInput, LowrankError, exit_code, gravest
 from lowrank.core.secrets import redact
 from lowrank.io.files import local_path, write_atomically
 from lowrank.run.door import Course, end, log_to_stderr, resolve
+from lowrank.run.meeting import meet
 from lowrank.run.packs import Outcome
 from lowrank.run.settings import read
+from lowrank.sharding.processes import first
+from lowrank.sweeps.crew import check_crew, dismiss, follow, leading
 from lowrank.sweeps.dry import show_plan
 from lowrank.sweeps.engine import COMPILED, compiled_once
 from lowrank.sweeps.engines import check_engine, open_engine
@@ -89,23 +92,30 @@ def launch(
     directory = local_path(str(config.hydra.sweep.dir))
     try:
         with interruptible(), compiled_once(directory / PACKS / COMPILED):
-            _redact_multirun(directory, config)
             logger.info("composing %d jobs", len(job_overrides))
             jobs = [
                 _numbered(compose(config, overrides), config, initial_job_idx + at)
                 for at, overrides in enumerate(job_overrides)
             ]
             trials = labelled([_trial(job, directory) for job in jobs])
+            meet(trials[0].settings.config)
+            check_crew(trials)
+            if not first():
+                course.code = follow(packing)
+                return [_returned(job) for job in jobs]
+            _redact_multirun(directory, config)
             spec = trials[0].settings.sweep
             if any(trial.settings.sweep != spec for trial in trials):
                 raise BadInput(
                     "the fields of `sweep` hold for all jobs: sweep over others"
                 )
             check_engine(spec)
+            packing = leading(packing)
             packing = dataclasses.replace(packing, memory=remembered(packing.memory))
             plan = make_plan(trials, directory, packing, spec)
             if spec.dry_run:
                 show_plan(plan, packing.memory, spec)
+                dismiss(course.code)
                 return [_returned(job) for job in jobs]
             with open_engine(spec, directory / PACKS) as engine:
                 outcomes = run_plan(plan, directory, packing, spec, engine)
@@ -118,6 +128,7 @@ def launch(
         end(error)
     codes = [exit_code(o.error) for o in outcomes.values() if o.error is not None]
     course.code = gravest([course.code, *codes])
+    dismiss(course.code)
     returns = []
     for job, trial in zip(jobs, trials, strict=True):
         if (outcome := outcomes.get(trial.id)) is not None:

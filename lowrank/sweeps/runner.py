@@ -22,7 +22,8 @@ from lowrank.core.errors import (
     Preempted,
 )
 from lowrank.io.files import Lock, probe
-from lowrank.run.packs import Origin, Outcome, write_hydra
+from lowrank.run.packs import Origin, Outcome
+from lowrank.run.recording import write_hydra
 from lowrank.run.sweep import SweepSpec
 from lowrank.sweeps.board import Board
 from lowrank.sweeps.compositions import Compositions, saved

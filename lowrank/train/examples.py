@@ -46,7 +46,7 @@ def check_examples_apart(
     Raises:
       BadInput: They differ.
     """
-    few = {name: jnp.asarray(x[:_CHECKED]) for name, x in batch.items()}
+    few = {name: x[:_CHECKED] for name, x in batch.items()}
 
     def both(frozen: Frozen, trained: Trained, dials: Dials, few: Any):
         trained = _disturbed(trained)

@@ -10,8 +10,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from jax.experimental import multihost_utils
+
 from lowrank.core.errors import PREEMPTED, BadInput, NonFinite, Preempted
 from lowrank.core.spec import spec
+from lowrank.sharding.processes import together
 
 logger = logging.getLogger(__name__)
 
@@ -22,15 +25,24 @@ _AGAIN = 0.05
 class StopSignal:
     """Turns SIGTERM and SIGINT into a request to stop after the present step.
 
-    A second signal ends the process at once; the checkpoints on disk stay good.
+    A second signal ends the process at once; the checkpoints on disk stay good. Of
+    several processes any one may be asked: JAX, whose SIGTERM is then, tells the
+    others, and all stop after the same step, one of the next.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._together = together()
         self._before: dict[int, Any] = {}
 
+    def after(self, step: int) -> str | None:
+        """Why to stop after this step; None: go on. Called after every one."""
+        if self._together and multihost_utils.reached_preemption_sync_point(step):
+            return "SIGTERM"
+        return None if self._together else self.received
+
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _ours():
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:  # Not the main thread: the caller's handlers stay.
@@ -46,7 +58,14 @@ class StopSignal:
         if self.received:
             os._exit(PREEMPTED)
         self.received = signal.Signals(number).name
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)
         logger.warning("%s: saving after this step, then stopping", self.received)
+
+
+def _ours() -> tuple[signal.Signals, ...]:
+    """Signals that are ours to handle: of several processes, SIGTERM is JAX's."""
+    return (signal.SIGINT,) if together() else (signal.SIGTERM, signal.SIGINT)
 
 
 def end_at_next_signal() -> None:
@@ -89,14 +108,14 @@ def interruptible() -> Iterator[None]:
         if not received or not isinstance(unraisable.exc_value, KeyboardInterrupt):
             return hook(unraisable)
         lost.append(unraisable.exc_value)
-        again = threading.Timer(_AGAIN, _thread.interrupt_main, [signal.SIGTERM])
+        again = threading.Timer(_AGAIN, _thread.interrupt_main, [_ours()[0]])
         again.daemon = True
         again.start()
 
     hook = sys.unraisablehook
     before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _ours():
             # Outside the main thread the caller's handlers stay.
             with contextlib.suppress(ValueError):
                 before[number] = signal.signal(number, handle)

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lowrank.core.errors import BadInput, NonFinite, Preempted
 from lowrank.core.spec import spec
+from lowrank.sharding.processes import on_host
 from lowrank.train.batches import Batches, shape_of
 from lowrank.train.guard import NonFinitePolicy, StopSignal
 from lowrank.train.ranks import SOUND, unsound
@@ -203,7 +203,8 @@ class Loop:
             validate = self._events.evaluate and self._due(memory, self._evaluate_every)
             save = self._due(memory, self._settings.checkpoint_every)
             last = memory["position"] >= self._batches.num_steps
-            halted = stop.received or self._settings.stop_after == position + 1
+            why = stop.after(position + 1)
+            halted = why or self._settings.stop_after == position + 1
             if validate or save or last or halted:
                 # Of a step that was skipped, too, the next one is read before a save.
                 bad = bad if bad == "rollback" else self._settle(memory) or bad
@@ -221,7 +222,7 @@ class Loop:
             if save or validate:
                 self._save(state, memory)
             if halted and not last:
-                self._stop(state, memory, stop.received or "stop_after")
+                self._stop(state, memory, why or "stop_after")
             if self._finished(memory):
                 break
         return state, memory, False
@@ -295,8 +296,8 @@ class Loop:
         ended = memory["ended"]
         return settle(
             state,
-            jnp.full(len(ended), NO_VALUE, jnp.float32),
-            jnp.array([one is None for one in ended]),
+            np.full(len(ended), NO_VALUE, np.float32),
+            np.array([one is None for one in ended]),
         )
 
     def _flush(
@@ -324,7 +325,7 @@ class Loop:
                 f"{', '.join(sorted(known))}"
             )
         sign = -1.0 if select in self._events.lower_is_better else 1.0
-        best = np.asarray(state.best_value)
+        best = on_host(state.best_value)
         values = np.full(len(results), NO_VALUE, np.float32)
         rows: list[dict[str, float]] = [{} for _ in results]
         for trial in _live(memory):
@@ -344,8 +345,8 @@ class Loop:
                     step = memory["position"]
                     logger.info("%s: trial %d stops at step %d", why, trial, step)
         self._events.log(memory["position"], rows)
-        live = jnp.array([one is None for one in memory["ended"]])
-        state = settle(state, jnp.asarray(values), live)
+        live = np.array([one is None for one in memory["ended"]])
+        state = settle(state, values, live)
         self._events.alive(STEP)
         self._clock = time.perf_counter()
         return state

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from lowrank.core.arrays import Frozen
 from lowrank.core.memory import give_back
-from lowrank.sharding.mesh import by_trial, trial_axis
+from lowrank.sharding.mesh import for_host, trial_axis
 from lowrank.train.batches import entries_of, shape_of
 from lowrank.train.ranks import RankEvents
 from lowrank.train.state import TrainState
@@ -177,7 +177,7 @@ def jitted(packed: Callable, mesh: Mesh, state: TrainState) -> Any:
       state: The state on them, or its shapes there.
     """
     where = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(packed, donate_argnums=1, out_shardings=(where, by_trial(mesh)))
+    return jax.jit(packed, donate_argnums=1, out_shardings=(where, for_host(mesh)))
 
 
 def _but_step(change: Callable[[Array], Array], fields: Mapping[str, Any]):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from lowrank.core.arrays import Dials, Frozen, Key, Roles, Trained
@@ -167,7 +168,9 @@ def on_mesh(
 
 
 def settle(
-    state: TrainState, values: Float[Array, " trials"], live: Bool[Array, " trials"]
+    state: TrainState,
+    values: Float[ArrayLike, " trials"],
+    live: Bool[ArrayLike, " trials"],
 ) -> TrainState:
     """Keeps the trained tree of every trial whose validation value is a new best.
 

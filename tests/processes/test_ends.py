@@ -1,0 +1,75 @@
+"""However one of several processes ends, all do, and the same commands go on."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from crew import ABORTED, LEFT_SECONDS, LONG
+from lives import Fault
+from test_together import close_runs
+from tiny_run import position, wait_until
+
+pytestmark = pytest.mark.faults
+
+
+def ended(crew, began):
+    """Exit codes of processes that had to end within the time they are given."""
+    codes = crew.codes(LEFT_SECONDS + 60)
+    assert time.monotonic() - began < LEFT_SECONDS, crew.all_said()
+    return codes
+
+
+def status(directory):
+    return json.loads((directory / "status.json").read_text())["status"]
+
+
+def test_any_of_them_may_be_asked_to_stop(crew, tmp_path, undisturbed):
+    directory = tmp_path / "run"
+    crew.start(2, directory, *LONG)
+    wait_until(lambda: position(directory) >= 8, crew.children[1])
+    os.kill(crew.children[1].pid, signal.SIGTERM)
+    assert crew.codes() == [75, 75], crew.all_said()
+    assert status(directory) == "preempted"
+    saved = position(directory)
+    assert 8 <= saved < 72
+    assert f"stopped by SIGTERM at step {saved} of 72" in crew.said(0)
+    assert crew.run(2, directory, *LONG) == [0, 0], crew.all_said()
+    close_runs(undisturbed, directory)
+
+
+#: Act, place and call; which of them is struck; how it ends.
+STRUCK = {
+    "killed in a step": ("kill", "step", 20, 1, [-signal.SIGKILL]),
+    "killed in a save": ("kill", "checkpoint", 4, 0, [-signal.SIGKILL]),
+    "raises in a step": ("raise", "step", 20, 0, [1]),
+    "raises in a save": ("raise", "checkpoint", 4, 1, [1, 73]),
+}
+
+
+@pytest.mark.parametrize("how", STRUCK)
+def test_one_that_is_gone_takes_the_others_along(crew, tmp_path, undisturbed, how):
+    act, place, call, index, codes = STRUCK[how]
+    directory = tmp_path / "run"
+    crew.start(2, directory, *LONG, faults={index: [Fault(act, place, call)]})
+    crew.children[index].join(90)
+    found = ended(crew, time.monotonic())
+    assert found[index] in codes, crew.all_said()
+    # Whichever comes first: JAX misses the other, or an exchange with it breaks.
+    assert found[1 - index] in (ABORTED, 1), crew.all_said()
+    assert crew.run(2, directory, *LONG) == [0, 0], crew.all_said()
+    close_runs(undisturbed, directory)
+
+
+def test_one_that_hangs_ends_all(crew, tmp_path, undisturbed):
+    directory = tmp_path / "run"
+    hangs = {1: [Fault("sleep", "step", 20, value=300)]}
+    crew.start(2, directory, *LONG, "run.hang_seconds=5", faults=hangs)
+    wait_until(lambda: position(directory) >= 16, crew.children[0])
+    found = ended(crew, time.monotonic())
+    assert set(found) <= {76, ABORTED}, crew.all_said()
+    assert 76 in found
+    assert "HANG: training has not moved for 5 s" in crew.all_said()
+    assert crew.run(2, directory, *LONG) == [0, 0], crew.all_said()
+    close_runs(undisturbed, directory)
