@@ -85,6 +85,14 @@ def gravest(codes: Iterable[int]) -> int:
     return min(failed, key=lambda code: place.get(code, 0), default=0)
 
 
+def renewed(kind: str, message: str) -> LowrankError | None:
+    """The error of ours that another process named; None: it is none of ours."""
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, LowrankError):
+        return found(message)
+    return None
+
+
 def exit_code(error: BaseException) -> int:
     """The process exit code for `error`; 1, a bug, for whatever is not ours."""
     return getattr(error, "exit_code", BUG) if isinstance(error, LowrankError) else BUG

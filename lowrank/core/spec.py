@@ -182,3 +182,13 @@ def _values(obj: Any) -> dict[str, Any]:
         if type(values[name]) is int and _holds(hint, float) and not _holds(hint, int):
             values[name] = float(values[name])
     return values
+
+
+def dotted(config: Any, name: str = "") -> dict[str, Any]:
+    """Every field of a nested config by its dotted name, as a command line has it."""
+    if not isinstance(config, Mapping):
+        return {name: config}
+    found: dict[str, Any] = {}
+    for key, item in config.items():
+        found |= dotted(item, f"{name}.{key}" if name else str(key))
+    return found

@@ -27,9 +27,6 @@ class Onlooker(Record):
         self.directory = directory
         self._finished = None if finished is None else dict(finished)
 
-    def __enter__(self) -> "Onlooker":
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,

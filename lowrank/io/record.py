@@ -27,6 +27,7 @@ import yaml
 
 from lowrank.core.errors import BadInput, CannotWrite, Corrupt, Preempted
 from lowrank.core.secrets import redact, redact_contents, redact_text
+from lowrank.core.spec import dotted
 from lowrank.io.environment import describe_environment
 from lowrank.io.files import (
     Lock,
@@ -241,7 +242,9 @@ class Record:
           CannotWrite: The file system refused.
         """
         if status not in ("running", "done", "failed", "preempted"):
-            raise BadInput(f"a record is running, done, failed, preempted: {status!r}")
+            raise BadInput(
+                f"a status is running, done, failed or preempted, not {status!r}"
+            )
         if reason is not None:
             reason = redact_text(reason)[:_MAX_REASON_LENGTH]
         self._status |= {
@@ -373,22 +376,14 @@ def read_result(path: Path) -> dict[str, Any] | None:
 def _config_changes(path: Path, config: Mapping[str, Any]) -> str:
     """Names the first settings that differ from the stored config, for a message."""
     try:
-        old = _leaves(yaml.safe_load((path / CONFIG).read_bytes()))
+        old = dotted(yaml.safe_load((path / CONFIG).read_bytes()))
     except (OSError, yaml.YAMLError):
         return ""
-    new = _leaves(jsonable(redact(config), "config"))
+    new = dotted(jsonable(redact(config), "config"))
     names = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
     shown = [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names[:_MAX_FIELDS]]
     more = f", and {len(names) - _MAX_FIELDS} more" if len(names) > _MAX_FIELDS else ""
     return f" (config: {'; '.join(shown)}{more})" if shown else ""
-
-
-def _leaves(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    named = lambda key: f"{name}.{key}" if name else str(key)
-    parts = [_leaves(item, named(key)) for key, item in value.items()]
-    return {path: leaf for part in parts for path, leaf in part.items()}
 
 
 def _checked(name: str) -> str:

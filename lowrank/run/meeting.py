@@ -11,12 +11,13 @@ from typing import Any
 import jax
 
 from lowrank.core.secrets import redact
+from lowrank.core.spec import dotted
 from lowrank.io.environment import code_fingerprint
 from lowrank.run.settings import plain
 from lowrank.sharding.processes import Processes, agree, begin, first
 
-#: What a process has for itself: its number, and a cache on a disk of its own.
-_OWN = ("processes", "run.cache", "run.progress")
+#: What a process has for itself beside its number: a disk, and perhaps a terminal.
+_OWN = ("run.cache", "run.progress")
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 
 
@@ -39,7 +40,13 @@ def meet(config: Mapping[str, Any]) -> None:
     begin(asked)
     if not first():
         _step_back()
-    facts = {f"{name} in the config": text for name, text in _leaves(config)}
+    # Redacted as a whole: what a field is called tells whether it is a secret.
+    fields = dotted({k: v for k, v in redact(config).items() if k != "processes"})
+    facts = {
+        f"{name} in the config": json.dumps(value, default=str)
+        for name, value in fields.items()
+        if name not in _OWN
+    }
     facts |= {f"the version of {n}": importlib.metadata.version(n) for n in _PACKAGES}
     facts["the code of this package"] = code_fingerprint()
     facts["the number and kind of their devices"] = (
@@ -56,15 +63,3 @@ def _step_back() -> None:
     told = logging.Formatter(f"process {jax.process_index()}: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.setFormatter(told)
-
-
-def _leaves(config: Any, name: str = "") -> list[tuple[str, str]]:
-    """(dotted name, value as text) of every field that all processes must share."""
-    if name in _OWN:
-        return []
-    if not isinstance(config, Mapping):
-        return [(name, json.dumps(redact(config), default=str))]
-    found = []
-    for key, value in config.items():
-        found += _leaves(value, f"{name}.{key}" if name else str(key))
-    return found

@@ -7,24 +7,13 @@ from typing import Any
 
 import yaml
 
-from lowrank.core.errors import (
-    BAD_INPUT,
-    CANNOT_WRITE,
-    CORRUPT,
-    BadInput,
-    CannotWrite,
-    Corrupt,
-    LowrankError,
-    exit_code,
-)
+from lowrank.core.errors import LowrankError, renewed
 from lowrank.core.secrets import redact
 from lowrank.io.files import write_atomically
 from lowrank.io.onlooker import Onlooker
 from lowrank.io.record import STATUS, Record
 from lowrank.run.prepare import Prepared
 from lowrank.sharding.processes import agree, first, told
-
-_KINDS = {BAD_INPUT: BadInput, CANNOT_WRITE: CannotWrite, CORRUPT: Corrupt}
 
 
 def open_records(
@@ -59,15 +48,14 @@ def open_records(
             failure = error
     said = told(
         {
-            "failure": failure and [exit_code(failure), str(failure)],
+            "failure": failure and [type(failure).__name__, str(failure)],
             "finished": [record.finished for record in records],
         }
     )
     if failure is not None:
         raise failure
     if said["failure"] is not None:
-        code, message = said["failure"]
-        raise _KINDS.get(code, LowrankError)(message)
+        raise renewed(*said["failure"]) or LowrankError(said["failure"][1])
     if not first():
         pairs = zip(trials, said["finished"], strict=True)
         records = [Onlooker(trial.directory, done) for trial, done in pairs]

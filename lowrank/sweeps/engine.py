@@ -20,8 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from lowrank.core import errors
-from lowrank.core.errors import LowrankError
+from lowrank.core.errors import LowrankError, renewed
 from lowrank.core.secrets import redact, redact_text
 from lowrank.run.door import log_to_stderr
 from lowrank.run.packs import Origin, Outcome
@@ -115,10 +114,8 @@ class Failure:
 
     def error(self) -> Exception:
         """The error again: of the same class and exit code, if it is one of ours."""
-        kind = getattr(errors, self.kind, None)
-        if isinstance(kind, type) and issubclass(kind, LowrankError):
-            return kind(self.message)
-        return WorkerBug(f"{self.kind}: {self.message}\n{self.trace}")
+        bug = WorkerBug(f"{self.kind}: {self.message}\n{self.trace}")
+        return renewed(self.kind, self.message) or bug
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 import pytest
-from crew import LONG, Crew
+from crew import Crew
+from lives import LONG
 from tiny_run import World
 
 

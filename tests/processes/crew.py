@@ -10,14 +10,6 @@ import lives
 import tiny_run
 from tiny_run import SMALL
 
-#: 8 epochs, 72 steps, 18 checkpoints.
-LONG = (
-    "optim.epochs=8",
-    "loop.checkpoint_every=4",
-    "loop.evaluate_every=10",
-    "delta.dropout=0.2",
-    "optim.lr=0.005",
-)
 #: All eight devices, every axis; the tiny weights are split, too.
 MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "mesh.small=0")
 #: Of the processes that are left, after one that ended has told nobody.

@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from crew import ABORTED, LEFT_SECONDS, LONG
-from lives import Fault
+from crew import ABORTED, LEFT_SECONDS
+from lives import LONG, Fault
 from test_together import close_runs
 from tiny_run import position, wait_until
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from crew import LONG
+from lives import LONG
 from safetensors.numpy import load_file
 from tiny_run import metric_rows, position
 
