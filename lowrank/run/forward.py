@@ -16,6 +16,7 @@ from lowrank.sharding.mesh import (
     place_batch,
     trial_axis,
 )
+from lowrank.sharding.processes import rejoin
 from lowrank.train.batches import entries_of
 from lowrank.train.pack import in_turns, most_entries, side_by_side
 
@@ -65,14 +66,17 @@ class Forward:
 
     def compile(self, trained: Trained, dials: Dials, batches: Sequence[Batch]) -> None:
         """Compiles for the shapes of `batches` that are new."""
+        new = {_key(batch): batch for batch in batches}
+        new = {key: batch for key, batch in new.items() if key not in self._compiled}
+        if not new:
+            return
         began = time.perf_counter()
-        for batch in batches:
-            key = _key(batch)
-            if key not in self._compiled:
-                shapes = batch_shapes(batch, self._mesh, 0)
-                lowered = self._jitted.lower(self._frozen, trained, dials, shapes)
-                self._compiled[key] = lowered.compile()
-                self.outputs = lowered.out_info
+        for key, batch in new.items():
+            shapes = batch_shapes(batch, self._mesh, 0)
+            lowered = self._jitted.lower(self._frozen, trained, dials, shapes)
+            self._compiled[key] = lowered.compile()
+            self.outputs = lowered.out_info
+        rejoin()
         self.compile_seconds += time.perf_counter() - began
 
     def __call__(self, trained: Trained, dials: Dials, batch: Batch) -> Any:

@@ -11,6 +11,7 @@ JAX tolerates no fault: when one process dies, the others follow within some
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from lowrank.core.arrays import PyTree
 from lowrank.core.errors import PREEMPTED, BadInput
@@ -34,6 +36,10 @@ from lowrank.core.spec import spec
 _FAILED_SECONDS = 5.0
 #: Seconds that one which has ended well waits for the first to finish its records.
 _ENDED_SECONDS = 600.0
+#: Seconds that processes may be apart: one compiles or reads what others found ready.
+_APART_SECONDS = 3600.0
+#: Of the next barrier; all processes count alike.
+_BARRIERS = itertools.count()
 #: From here on two widths of a gathered text differ by a factor of two.
 _LEAST_WIDTH = 256
 #: By name: its type stubs do not know the option.
@@ -176,10 +182,23 @@ def first() -> bool:
     return not together() or jax.process_index() == 0
 
 
+def rejoin() -> None:
+    """Waits until all processes are here, before they exchange anything. Called by all.
+
+    Exchanges have patience of their own, and little (30 s on CPUs): not enough where
+    one process finds a compiled program in its cache, and another compiles it.
+    """
+    if jax.process_count() > 1:
+        wait = multihost.get_barrier_sync_fn()
+        key = f"lowrank {next(_BARRIERS)}"
+        wait(key=key, timeout_ms=round(_APART_SECONDS * 1000))
+
+
 def gather(text: str) -> list[str]:
     """The texts of all processes, in their order. Called by all."""
     if jax.process_count() == 1:
         return [text]
+    rejoin()
     own = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(own)))
     # Few widths, for each of them is a program.

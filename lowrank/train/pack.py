@@ -20,6 +20,7 @@ from jaxtyping import Array
 from lowrank.core.arrays import Frozen
 from lowrank.core.memory import give_back
 from lowrank.sharding.mesh import for_host, trial_axis
+from lowrank.sharding.processes import rejoin
 from lowrank.train.batches import entries_of, shape_of
 from lowrank.train.ranks import RankEvents
 from lowrank.train.state import TrainState
@@ -232,6 +233,7 @@ class Pack:
         for key, batch in self.shapes.items():
             self.compiled[key] = program.lower(frozen, state, batch).compile()
             logger.info("compiled the step for batches of shape %s", key)
+        rejoin()
         self.compile_seconds = time.perf_counter() - began
         give_back()
 

@@ -1,5 +1,6 @@
 """Commands of several processes with four devices each, and what ends them."""
 
+import functools
 import itertools
 import os
 import signal
@@ -8,6 +9,7 @@ import time
 
 import lives
 import tiny_run
+from quick_flags import FLAGS, known
 from tiny_run import SMALL
 
 #: All eight devices, every axis; the tiny weights are split, too.
@@ -16,6 +18,12 @@ MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "mesh.small=0")
 ABORTED = -signal.SIGABRT
 #: What the issue allows them.
 LEFT_SECONDS = 30
+
+
+@functools.cache
+def _xla_flags():
+    """Quick compilation: of several processes only the first one keeps programs."""
+    return " ".join([os.environ.get("XLA_FLAGS", ""), *filter(known, FLAGS)]).strip()
 
 
 def _raise(value):
@@ -60,7 +68,10 @@ class Crew:
         wanted = ["delta.rank=4", *MESH, *overrides]
         named = {one.split("=")[0]: one for one in (*given, *wanted)}
         given = sorted(named.values(), key=lambda one: one != "-m")
-        environment = self._world.environment | {"JAX_NUM_CPU_DEVICES": str(8 // count)}
+        environment = self._world.environment | {
+            "JAX_NUM_CPU_DEVICES": str(8 // count),
+            "XLA_FLAGS": _xla_flags(),
+        }
         if count > 1:
             with socket.socket() as one:
                 one.bind(("127.0.0.1", 0))
@@ -88,7 +99,7 @@ class Crew:
             self.children.append(child)
             self._outputs.append(output)
 
-    def codes(self, seconds=120):
+    def codes(self, seconds=300):
         """Exit codes, once all have ended."""
         end = time.monotonic() + seconds
         for index, child in enumerate(self.children):

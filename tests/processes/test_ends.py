@@ -28,7 +28,7 @@ def status(directory):
 def test_any_of_them_may_be_asked_to_stop(crew, tmp_path, undisturbed):
     directory = tmp_path / "run"
     crew.start(2, directory, *LONG)
-    wait_until(lambda: position(directory) >= 8, crew.children[1])
+    wait_until(lambda: position(directory) >= 8, crew.children[1], 300)
     os.kill(crew.children[1].pid, signal.SIGTERM)
     assert crew.codes() == [75, 75], crew.all_said()
     assert status(directory) == "preempted"
@@ -53,7 +53,7 @@ def test_one_that_is_gone_takes_the_others_along(crew, tmp_path, undisturbed, ho
     act, place, call, index, codes = STRUCK[how]
     directory = tmp_path / "run"
     crew.start(2, directory, *LONG, faults={index: [Fault(act, place, call)]})
-    crew.children[index].join(90)
+    crew.children[index].join(300)
     found = ended(crew, time.monotonic())
     assert found[index] in codes, crew.all_said()
     # Whichever comes first: JAX misses the other, or an exchange with it breaks.
@@ -66,7 +66,7 @@ def test_one_that_hangs_ends_all(crew, tmp_path, undisturbed):
     directory = tmp_path / "run"
     hangs = {1: [Fault("sleep", "step", 20, value=300)]}
     crew.start(2, directory, *LONG, "run.hang_seconds=5", faults=hangs)
-    wait_until(lambda: position(directory) >= 16, crew.children[0])
+    wait_until(lambda: position(directory) >= 16, crew.children[0], 300)
     found = ended(crew, time.monotonic())
     assert set(found) <= {76, ABORTED}, crew.all_said()
     assert 76 in found

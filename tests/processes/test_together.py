@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from lives import LONG
+from lives import LONG, Fault
 from safetensors.numpy import load_file
 from tiny_run import metric_rows, position
 
@@ -90,3 +90,9 @@ def test_the_first_process_alone_speaks(crew, tmp_path):
     assert crew.run(2, tmp_path / "run") == [0, 0]
     assert "accuracy" in crew.said(0)
     assert "accuracy" not in crew.said(1)
+
+
+def test_one_that_compiles_longer_is_waited_for(crew, tmp_path):
+    # Exchanges of XLA:CPU would give up after 30 s; the other compiles for some time.
+    later = {1: [Fault("sleep", "compilation", value=55)]}
+    assert crew.run(2, tmp_path / "run", faults=later) == [0, 0], crew.all_said()

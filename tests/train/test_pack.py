@@ -152,7 +152,10 @@ def test_a_pack_of_one_costs_what_the_bare_step_costs():
     assert flops(packed) == pytest.approx(flops(bare), rel=5e-3)
 
 
-def test_steps_compile_once_per_shape_and_never_later():
+def test_steps_compile_once_per_shape_and_never_later(monkeypatch):
+    # Where there are other processes, all of them have compiled before one begins.
+    rejoined = []
+    monkeypatch.setattr("lowrank.train.pack.rejoin", lambda: rejoined.append(1))
     mesh = MeshSpec().build()
     adapted = toy.make()
     frozen = replicate(adapted.frozen(), mesh)
@@ -166,6 +169,7 @@ def test_steps_compile_once_per_shape_and_never_later():
     put = lambda batch: place_batch(batch, mesh, 1)
     pack = Pack(step, frozen, state, shapes, put, 1, mesh)
     assert set(pack.compiled) == {(8, 6), (8, 9)}
+    assert len(rejoined) == 1
     pointer = frozen["embed"].unsafe_buffer_pointer()
     state, _ = pack(state, batches[0])
     with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:

@@ -58,6 +58,15 @@ def test_a_trial_among_others_says_what_it_says_alone(rows):
     np.testing.assert_allclose(logits[5], alone(batch)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_processes_wait_for_each_other_where_something_was_compiled(monkeypatch):
+    rejoined = []
+    monkeypatch.setattr("lowrank.run.forward.rejoin", lambda: rejoined.append(1))
+    run, judge = forward([0])
+    for rows, times in ((4, 1), (4, 1), (8, 2)):
+        judge(toy.batch(0, rows, 64))
+        assert len(rejoined) == len(run._compiled) == times
+
+
 def test_a_pack_holds_what_a_few_trials_hold():
     batch = toy.batch(0, 64, 64)
     held = []
