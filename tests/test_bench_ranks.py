@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -67,6 +68,36 @@ def test_a_limit_decides_the_exit_code(seconds, code, monkeypatch, capsys):
     assert ("not shown" in capsys.readouterr().err) == bool(code)
 
 
+def test_of_several_processes_each_is_one_value(tmp_path, monkeypatch, capfd):
+    """Turns of one process that are slow alike say little about the next one."""
+    numbers = iter([1.00, 1.10, 1.02])
+
+    def run(command, check):
+        slow = next(numbers)
+        times = {ranks.FULL: [1.0] * 50, "norm": [slow] * 50, ranks.FINAL: [1.0] * 50}
+        found = {"machine": {}, "shape": "4x8", "held": 4, "end": 2, "times": times}
+        out = command[command.index("--out") + 1]
+        assert check
+        assert command[command.index("--rounds") + 1] == "50"
+        Path(out).write_text(json.dumps(found))
+
+    monkeypatch.setattr(ranks.subprocess, "run", run)
+    out = tmp_path / "times.json"
+    given = ["--processes", "3", "--rounds", "50", "--recipes", "norm"]
+    assert ranks.main([*given, "--out", str(out), "--most", "1.05"]) == 1
+    found = json.loads(out.read_text())
+    assert len(found["times"]["norm"]) == 150
+    assert found["machine"]["num_cpus"]
+    told = ranks.beside(found, "norm")
+    assert (told["median"], told["low"], told["high"]) == (1.02, 1.00, 1.10)
+
+
+def test_processes_that_fail_say_so(capfd):
+    given = ["--processes", "2", "--base", "/nowhere", "--rounds", "1"]
+    assert ranks.main(given) == 2
+    assert "nowhere" in capfd.readouterr().err
+
+
 def test_arms_meet_the_same_machine(monkeypatch):
     """One that becomes slower and slower slows no arm beside another."""
     now = [0.0]
@@ -87,7 +118,9 @@ def test_arms_meet_the_same_machine(monkeypatch):
     assert ranks.beside(found, ranks.FINAL)["high"] == pytest.approx(1.0, rel=0.02)
 
 
-@pytest.mark.parametrize("wrong", [["--recipes", "nrom"], ["--rounds", "0"]])
+@pytest.mark.parametrize(
+    "wrong", [["--recipes", "nrom"], ["--rounds", "0"], ["--processes", "0"]]
+)
 def test_what_it_cannot_measure_is_refused_at_once(wrong):
     with pytest.raises(SystemExit):
         ranks.main(wrong)

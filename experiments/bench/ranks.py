@@ -4,7 +4,8 @@ Each arm trains the same model: fixed with all components that the others hold, 
 by an importance, and fixed with as many as they end with. A turn is a number of steps
 that holds as many events and measurements as its share, so that their cost is spread
 over the steps as in a run. In a turn arms take their steps one by one, in one process:
-what a machine does meanwhile slows neighboring steps alike.
+what a machine does meanwhile slows neighboring steps alike. How a process lies in
+memory slows an arm as long as it lives: with `--processes`, intervals are over those.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import dataclasses
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +42,12 @@ FULL, FINAL = "fixed, all held", "fixed, at the end"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of every arm")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="turns of every arm, in each process"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes, one after the other"
+    )
     parser.add_argument("--recipes", default=",".join(RECIPES), help="some of them")
     parser.add_argument("--base", default="minilm", help="weights, as elsewhere")
     parser.add_argument("--out", help="JSON with all times")
@@ -53,19 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipes = options.recipes.split(",")
     if unknown := {*recipes} - {*CATALOGUE}:
         parser.error(f"unknown recipes {sorted(unknown)}")
-    if options.rounds < 1:
-        parser.error("--rounds is at least 1")
-    batch, seq = SHAPES[-1]
-    setting = Setting(base=options.base, batch=batch, seq=seq)
+    for name in ("rounds", "processes"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is at least 1")
     machine = describe(os.cpu_count() or 1)
     try:
-        base = hub.load(setting.base, num_classes=setting.num_classes)
+        found = _one(options) if options.processes == 1 else _several(options)
     except LowrankError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return exit_code(error)
-    found = measure(setting, base, recipes, options.rounds)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
     machine["load_after"] = os.getloadavg()[0]
-    found = {"machine": machine, **found}
+    found["machine"] = machine
     show(found, Console(width=100))
     if options.out:
         write_json_atomically(Path(options.out), json.loads(json.dumps(found)))
@@ -75,6 +83,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in slow:
         print(f"{name}: not shown to be at most {options.most:g}", file=sys.stderr)
     return 1 if slow else 0
+
+
+def _one(options: argparse.Namespace) -> dict[str, Any]:
+    batch, seq = SHAPES[-1]
+    setting = Setting(base=options.base, batch=batch, seq=seq)
+    base = hub.load(setting.base, num_classes=setting.num_classes)
+    return measure(setting, base, options.recipes.split(","), options.rounds)
+
+
+def _several(options: argparse.Namespace) -> dict[str, Any]:
+    """What each process measures, the turns of one behind those of another."""
+    command = [sys.executable, "-m", "experiments.bench.ranks"]
+    for name in ("rounds", "recipes", "base"):
+        command += [f"--{name}", str(getattr(options, name))]
+    every = []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "times.json"
+        for _ in range(options.processes):
+            subprocess.run([*command, "--out", str(out)], check=True)
+            every.append(json.loads(out.read_text()))
+    arms = every[0]["times"]
+    times = {arm: [t for one in every for t in one["times"][arm]] for arm in arms}
+    return every[0] | {"processes": options.processes, "times": times}
 
 
 def measure(
@@ -106,16 +137,26 @@ def measure(
 
 
 def beside(found: dict[str, Any], name: str, other: str = FULL) -> dict[str, float]:
-    """The median ratio of an arm's time and another's, turn by turn, and interval."""
+    """The median ratio of an arm's time and another's, turn by turn, and interval.
+
+    Of several processes, each one's median is a value.
+    """
     pairs = zip(found["times"][name], found["times"][other], strict=True)
-    return median_interval([own / rival for own, rival in pairs])
+    ratios = [own / rival for own, rival in pairs]
+    if (processes := found.get("processes", 1)) > 1:
+        turns = len(ratios) // processes
+        ratios = [
+            statistics.median(ratios[turns * n : turns * (n + 1)])
+            for n in range(processes)
+        ]
+    return median_interval(ratios)
 
 
 def show(found: dict[str, Any], console: Console) -> None:
     """Prints each arm beside both fixed ones."""
     console.print(
         f"batch {found['shape']}, {found['held']} components held per layer, "
-        f"{found['end']} at the end"
+        f"{found['end']} at the end, {found.get('processes', 1)} process(es)"
     )
     table = Table()
     for heading in ("arm", "ms", f"of {FULL}", f"of {FINAL}"):
