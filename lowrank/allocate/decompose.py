@@ -40,9 +40,24 @@ def qr(x: Float[Array, "batch d n"]) -> tuple[Array, Array]:
     return lax.platform_dependent(x, cpu=_gram_schmidt, default=_platform_qr)
 
 
+def triangle(x: Float[Array, "batch n d"]) -> Float[Array, "batch n n"]:
+    """Upper triangular r with x^T = q r, of rows instead of columns."""
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: _of_rows(x)[1],
+        default=lambda x: _platform_qr(jnp.swapaxes(x, 1, 2))[1],
+    )
+
+
 def svd(m: Float[Array, "batch n n"]) -> SVD:
     """Singular values and vectors of square matrices."""
     return SVD(*lax.platform_dependent(m, cpu=_jacobi, default=_platform_svd))
+
+
+def singular_values(m: Float[Array, "batch n n"]) -> Float[Array, "batch n"]:
+    """Those of `svd`, falling, without the vectors."""
+    alone = lambda m: jnp.linalg.svd(m, compute_uv=False)
+    return lax.platform_dependent(m, cpu=_values, default=alone)
 
 
 def together(function: Callable[[Array], Array], parts: Sequence[Array]) -> list[Array]:
@@ -75,25 +90,31 @@ def _platform_svd(m: Array) -> tuple[Array, Array, Array]:
 
 
 def _gram_schmidt(x: Array) -> tuple[Array, Array]:
-    count = x.shape[-1]
+    # Rows lie in one piece: each is read, and written, at once.
+    q, r = _of_rows(jnp.swapaxes(x, 1, 2))
+    return jnp.swapaxes(q, 1, 2), r
+
+
+def _of_rows(x: Float[Array, "batch n d"]) -> tuple[Array, Array]:
+    count = x.shape[1]
     noise = 8 * jnp.finfo(x.dtype).eps
-    columns = jnp.moveaxis(x, -1, 0)
 
     def add(j: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         q, r = found
-        own = v = columns[j]
+        own = v = lax.dynamic_index_in_dim(x, j, 1, keepdims=False)
         parts = jnp.zeros_like(r[..., 0])
         for _ in range(2):
-            shares = jnp.einsum("bdn,bd->bn", q, v, precision=_EXACT)
-            v = v - jnp.einsum("bdn,bn->bd", q, shares, precision=_EXACT)
+            shares = jnp.einsum("bnd,bd->bn", q, v, precision=_EXACT)
+            v = v - jnp.einsum("bnd,bn->bd", q, shares, precision=_EXACT)
             parts = parts + shares
         length = _length(v)
-        # What is left of a dependent column is rounding, and no direction.
+        # What is left of a dependent row is rounding, and no direction.
         length = jnp.where(length > noise * _length(own), length, 0)
         unit = v / jnp.where(length > 0, length, 1)[:, None]
         unit = jnp.where((length > 0)[:, None], unit, 0)
         parts = parts.at[:, j].set(length)
-        return q.at[..., j].set(unit), r.at[..., j].set(parts)
+        into = lax.dynamic_update_index_in_dim
+        return into(q, unit, j, 1), into(r, parts, j, 2)
 
     square = jnp.zeros((x.shape[0], count, count), x.dtype)
     return lax.fori_loop(0, count, add, (jnp.zeros_like(x), square))
@@ -107,17 +128,43 @@ def _length(x: Array) -> Array:
 
 
 def _jacobi(m: Array) -> tuple[Array, Array, Array]:
-    """Turns columns until all are orthogonal: m v^T = u diag(values)."""
-    batch, count = m.shape[0], m.shape[-1]
-    scale = jnp.max(jnp.abs(m), axis=(-2, -1), keepdims=True)
-    unit = m / jnp.where(scale > 0, scale, 1)
+    """m v^T = u diag(values)."""
+    count = m.shape[-1]
+    unit, scale = _scaled(m)
+    # Under the columns their combination, which every turn takes along.
     eye = jnp.broadcast_to(jnp.eye(count, dtype=m.dtype), m.shape)
-    # Under the columns their combination, which every turn takes along; columns are
-    # paired, the first half with the second.
-    tall = jnp.concatenate([unit, eye], axis=1)
-    tall = jnp.pad(tall, ((0, 0), (0, 0), (0, count % 2)))
+    tall = _turned(jnp.concatenate([unit, eye], axis=1), count)
+    lengths = _length(jnp.swapaxes(tall[:, :count], 1, 2))
+    order = jnp.argsort(-lengths, axis=-1, stable=True)[:, :count]
+    tall = jnp.take_along_axis(tall, order[:, None], axis=-1)
+    lengths = jnp.take_along_axis(lengths, order, axis=-1)
+    u = tall[:, :count] / jnp.where(lengths > 0, lengths, 1)[:, None]
+    return u, lengths * scale, jnp.swapaxes(tall[:, count:], 1, 2)
+
+
+def _values(m: Array) -> Array:
+    count = m.shape[-1]
+    unit, scale = _scaled(m)
+    lengths = _length(jnp.swapaxes(_turned(unit, count), 1, 2))
+    return -jnp.sort(-lengths, axis=-1)[:, :count] * scale
+
+
+def _scaled(m: Array) -> tuple[Array, Array]:
+    """Matrices whose largest entry is 1 or 0, and what they were divided by."""
+    scale = jnp.max(jnp.abs(m), axis=(-2, -1))[:, None]
+    return m / jnp.where(scale > 0, scale, 1)[..., None], scale
+
+
+def _turned(tall: Array, count: int) -> Array:
+    """Columns turned until their first `count` entries are orthogonal.
+
+    Columns are paired, the first half with the second; of an odd number, one more of
+    zeros is the last one's partner.
+    """
+    batch = tall.shape[0]
+    tall = jnp.pad(tall, ((0, 0), (0, 0), (0, tall.shape[-1] % 2)))
     half = tall.shape[-1] // 2
-    tolerance = 4 * jnp.finfo(m.dtype).eps
+    tolerance = 4 * jnp.finfo(tall.dtype).eps
 
     def turn(_: Array, found: tuple[Array, Array, Array]):
         p, q, most = found
@@ -143,19 +190,18 @@ def _jacobi(m: Array) -> tuple[Array, Array, Array]:
 
     def sweep(found: tuple[Array, Array, Array, Array]):
         p, q, _, number = found
-        none = jnp.zeros(batch, m.dtype)
+        none = jnp.zeros(batch, tall.dtype)
         p, q, most = lax.fori_loop(0, 2 * half - 1, turn, (p, q, none))
         return p, q, most, number + 1
 
     def goes_on(found: tuple[Array, Array, Array, Array]) -> Array:
         return jnp.any(found[2] > 0) & (found[3] < _SWEEPS)
 
-    begun = (tall[..., :half], tall[..., half:], jnp.ones(batch, m.dtype), jnp.int32(0))
+    begun = (
+        tall[..., :half],
+        tall[..., half:],
+        jnp.ones(batch, tall.dtype),
+        jnp.int32(0),
+    )
     p, q, *_ = lax.while_loop(goes_on, sweep, begun)
-    tall = jnp.concatenate([p, q], axis=-1)
-    lengths = _length(jnp.swapaxes(tall[:, :count], 1, 2))
-    order = jnp.argsort(-lengths, axis=-1, stable=True)[:, :count]
-    tall = jnp.take_along_axis(tall, order[:, None], axis=-1)
-    lengths = jnp.take_along_axis(lengths, order, axis=-1)
-    u = tall[:, :count] / jnp.where(lengths > 0, lengths, 1)[:, None]
-    return u, lengths * scale[..., 0], jnp.swapaxes(tall[:, count:], 1, 2)
+    return jnp.concatenate([p, q], axis=-1)

@@ -112,9 +112,8 @@ def spectra(
 
     As from `core`, but of all sites together.
     """
-    across = lambda x: lax.transpose(x, (0, 2, 1))
-    thin = [across(x) for t in sites.values() for x in (t.a, t.c[..., None] * t.b)]
-    found = decompose.together(lambda x: decompose.qr(x)[1], thin)
+    thin = [x for t in sites.values() for x in (t.a, t.c[..., None] * t.b)]
+    found = decompose.together(decompose.triangle, thin)
     exact = lax.Precision.HIGHEST
     widest = max((r.shape[-1] for r in found), default=0)
     middle = []
@@ -122,7 +121,7 @@ def spectra(
         m = contract("lir", "ljr", "lij", r_a, r_b, r_a.dtype, exact)
         missing = (0, widest - m.shape[-1])
         middle.append(jnp.pad(m, ((0, 0), missing, missing)))
-    values = decompose.together(lambda m: decompose.svd(m).values, middle)
+    values = decompose.together(decompose.singular_values, middle)
     return {
         path: value[:, : terms.c.shape[-1]]
         for (path, terms), value in zip(sites.items(), values, strict=True)

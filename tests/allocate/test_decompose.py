@@ -35,6 +35,8 @@ def test_qr_is_a_decomposition_of_any_rank(d, n, rank, decades, seed):
     )
     x = x.astype(np.float32)
     q, r = map(wide, jax.jit(decompose.qr)(jnp.asarray(x)))
+    alone = jax.jit(decompose.triangle)(jnp.asarray(np.swapaxes(x, 1, 2)))
+    np.testing.assert_array_equal(alone, r.astype(np.float32))
     size = np.abs(x).max(initial=1e-30)
     np.testing.assert_allclose(q @ r, x, atol=8 * CLOSE * size)
     assert (np.tril(r, -1) == 0).all()
@@ -62,7 +64,10 @@ def test_svd_is_that_of_lapack(n, kind):
     expected = np.linalg.svd(wide(m), compute_uv=False)
     largest = max(expected.max(), 1)
     np.testing.assert_allclose(values, expected, atol=CLOSE * largest)
+    alone = jax.jit(decompose.singular_values)(jnp.asarray(m))
+    np.testing.assert_allclose(alone, values, rtol=1e-5, atol=CLOSE * largest)
     assert (np.diff(values, axis=1) <= 0).all()
+    assert (np.diff(alone, axis=1) <= 0).all()
     np.testing.assert_allclose((u * values[:, None]) @ v, m, atol=4 * CLOSE * largest)
     if kind != "zero":
         eye = np.broadcast_to(np.eye(n), m.shape)
@@ -73,11 +78,10 @@ def test_small_singular_values_keep_their_digits():
     """Columns of very different lengths: LAPACK in float32 loses the small ones."""
     rng = np.random.default_rng(0)
     m = (np.linalg.qr(rng.normal(size=(6, 6)))[0] * 10.0 ** -np.arange(6))[None]
-    m = m.astype(np.float32)
+    m = jnp.asarray(m, jnp.float32)
     expected = np.linalg.svd(wide(m), compute_uv=False)
-    np.testing.assert_allclose(
-        decompose.svd(jnp.asarray(m)).values, expected, rtol=1e-5
-    )
+    for values in (decompose.svd(m).values, decompose.singular_values(m)):
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
@@ -94,6 +98,7 @@ def test_size_does_not_matter(size):
 def test_what_is_no_number_ends_and_shows():
     m = jnp.ones((1, 4, 4)).at[0, 1, 2].set(jnp.nan)
     assert not np.isfinite(decompose.svd(m).values).all()
+    assert not np.isfinite(decompose.singular_values(m)).all()
 
 
 def test_mapped_over_trials_it_is_each_alone():
@@ -109,7 +114,8 @@ def test_no_thread_waits_for_the_pool_that_it_is_of():
 
     @jax.jit
     def values(xs):
-        return [decompose.svd(decompose.qr(x)[1]) for x in xs]
+        alone = [decompose.singular_values(decompose.triangle(x)) for x in xs]
+        return alone, [decompose.svd(decompose.qr(x)[1]) for x in xs]
 
     xs = [jnp.ones((4, 6, 3))] * 8
     assert "lapack" not in values.lower(xs).compile().as_text()
