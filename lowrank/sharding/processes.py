@@ -26,7 +26,6 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 from lowrank.core.arrays import PyTree
 from lowrank.core.errors import PREEMPTED, BadInput
@@ -189,6 +188,9 @@ def rejoin() -> None:
     one process finds a compiled program in its cache, and another compiles it.
     """
     if jax.process_count() > 1:
+        # Who adapts a base alone needs no library of checkpoints.
+        from orbax.checkpoint import multihost
+
         wait = multihost.get_barrier_sync_fn()
         key = f"lowrank {next(_BARRIERS)}"
         wait(key=key, timeout_ms=round(_APART_SECONDS * 1000))
