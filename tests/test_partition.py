@@ -16,7 +16,7 @@ from lowrank.deltas.lora import LoRA
 from lowrank.models import decoder, encoder, vision
 from lowrank.run.placing import place
 from lowrank.sharding.mesh import OF_ROWS, MeshSpec, lay_rows, place_batch
-from lowrank.sharding.partition import partition, spec_of
+from lowrank.sharding.partition import partition, placing, spec_of
 from lowrank.train import state as states
 from lowrank.train.optim import AdamW
 
@@ -204,6 +204,17 @@ def test_what_is_split_is_put_together_again():
     own = frozen["layers/kernel"]
     assert {s.data.shape for s in own.addressable_shards} == {(3, 8, 8)}
     np.testing.assert_array_equal(own, model.leaves["layers/kernel"])
+
+
+def test_loaders_are_told_where_weights_lie_if_any_is_split(monkeypatch):
+    asked = MeshSpec(fsdp=2, tensor=4, small=0)
+    found = placing(asked)(SHAPES, encoder.PARTITION)
+    wanted = partition(SHAPES, asked, asked.build(), encoder.PARTITION)
+    assert found == {path: wanted.sharding(path) for path in SHAPES}
+    assert placing(MeshSpec()) is None
+    assert placing(MeshSpec(data=4, trial=2)) is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert placing(asked) is None
 
 
 def test_rows_stay_split_where_weights_are():

@@ -30,7 +30,7 @@ from lowrank.models.encoder import Classifier, EncoderSpec
 from lowrank.models.options import check_choice, compute_dtype
 from lowrank.models.pixels import ImageInput
 from lowrank.models.vision import VisionSpec
-from lowrank.sharding.partition import Rule
+from lowrank.sharding.partition import Place, Rule
 
 Forward = Callable[[Any, Mapping[str, Any]], jax.Array]
 
@@ -87,6 +87,7 @@ def load(
     remat: str = "none",
     dtype: str = "float32",
     cache: str | Path | None = None,
+    place: Place | None = None,
 ) -> Base:
     """Loads a base and gives it a head of zeros for `num_classes`.
 
@@ -99,6 +100,7 @@ def load(
       remat: "none", "full" or "dots"; see `Encoder`.
       dtype: Compute dtype; weights are float32 in any case.
       cache: Folder for downloads; by default $LOWRANK_CACHE or ~/.cache/lowrank.
+      place: Says where weights of files lie; see `sharding.partition.placing`.
 
     Raises:
       BadInput: The name, the files, their hashes or an option are wrong.
@@ -109,7 +111,7 @@ def load(
     if kind == "python":
         return _from_python(base, rest, num_classes, options)
     folder, provenance = locate(base, cache)
-    return _from_folder(base, folder, provenance, num_classes, options)
+    return _from_folder(base, folder, provenance, num_classes, options, place)
 
 
 def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
@@ -217,6 +219,7 @@ def _from_folder(
     provenance: Mapping[str, Any],
     num_classes: int,
     options: Mapping[str, Any],
+    place: Place | None,
 ) -> Base:
     config = read_json(folder / "config.json")
     seeing = config.get("model_type") in vit.KINDS
@@ -224,10 +227,14 @@ def _from_folder(
     model, one, family, told = opened(name, folder, config, num_classes, options)
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
     leaves, structure = flatten(shapes)
+    places = place(leaves, told["partition"]) if place else None
     with Tensors(folder) as tensors:
         given = tensors.shapes, tensors.read
         filled, fingerprint, ignored = family.from_hf(
-            *(vit.matrices(*given) if seeing else given), shapes, where=str(folder)
+            *(vit.matrices(*given) if seeing else given),
+            shapes,
+            where=str(folder),
+            places=places,
         )
     head = {path: leaf for path, leaf in leaves.items() if path not in filled}
     filled |= {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in head.items()}

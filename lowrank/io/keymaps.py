@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from lowrank.core.arrays import PyTree
 from lowrank.core.errors import BadInput, UnknownName, nearest
@@ -196,6 +197,7 @@ class Family:
         model: PyTree,
         *,
         where: str,
+        places: Mapping[str, Sharding] | None = None,
     ) -> tuple[dict[str, jax.Array], str, dict[str, str]]:
         """Fills every leaf of `model` but a new head from a checkpoint, leaf by leaf.
 
@@ -204,6 +206,7 @@ class Family:
           read: Gives the values of one tensor.
           model: Our params as shapes, scanned or unrolled.
           where: The checkpoint, for messages.
+          places: Path -> where a leaf comes to lie; else where JAX puts it.
 
         Returns:
           Path -> array in the leaf's dtype; a fingerprint of the tensors used, which
@@ -261,7 +264,8 @@ class Family:
                     value.T if transpose else value
                 )
             # The array takes the buffer over: the base is held once, not twice.
-            params[path] = jax.device_put(host, may_alias=True)
+            place = (places or {}).get(path)
+            params[path] = jax.device_put(host, place, may_alias=True)
         text = "".join(digests[tensor] for tensor in sorted(digests))
         return params, hashlib.sha256(text.encode()).hexdigest(), ignored
 

@@ -20,7 +20,7 @@ from lowrank.models.decoder import PARTITION, Cache, LanguageModel, empty_cache
 from lowrank.models.decoder_spec import DecoderSpec
 from lowrank.models.head import MOST_LOGITS
 from lowrank.models.options import compute_dtype
-from lowrank.sharding.partition import Rule
+from lowrank.sharding.partition import Place, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,7 @@ def load(
     precision: str | None = None,
     cache: str | Path | None = None,
     parts: int = 1,
+    place: Place | None = None,
 ) -> Language:
     """Loads a causal decoder.
 
@@ -102,6 +103,7 @@ def load(
       precision: Of every product; "highest" for comparisons, None for speed.
       cache: Folder for downloads; by default $LOWRANK_CACHE or ~/.cache/lowrank.
       parts: Devices between which logits are split: so many times as many may exist.
+      place: Says where weights lie; see `sharding.partition.placing`.
 
     Raises:
       BadInput: The name, the files, their hashes or an option are wrong, or it is not
@@ -122,9 +124,10 @@ def load(
     model = LanguageModel(shape, *options)
     one = {"ids": np.zeros((1, 1), np.int32), "mask": np.ones((1, 1), bool)}
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
+    places = place(flatten(shapes)[0], PARTITION) if place else None
     with Tensors(folder) as tensors:
         filled, fingerprint, ignored = family.from_hf(
-            tensors.shapes, tensors.read, shapes, where=str(folder)
+            tensors.shapes, tensors.read, shapes, where=str(folder), places=places
         )
     if shape.tied and "lm_head.weight" in ignored:
         _check_tied(folder, family)

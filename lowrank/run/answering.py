@@ -18,7 +18,7 @@ from lowrank.run.language import (
     Windows,
     check_length,
     known_texts,
-    open_language,
+    load_language,
 )
 from lowrank.run.problem import known_split
 from lowrank.run.saying import Said, Speaker
@@ -76,7 +76,7 @@ def load_answering(settings: Settings) -> Answering:
       BadInput: Anything is missing, damaged or does not fit.
     """
     task = _task(settings)
-    base = open_language(settings.base, settings.run.cache, settings.mesh.parts())
+    base = load_language(settings)
     return _answering(settings, base, task)
 
 

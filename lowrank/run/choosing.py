@@ -26,7 +26,7 @@ from lowrank.run.language import (
     Windows,
     check_length,
     known_texts,
-    open_language,
+    load_language,
 )
 from lowrank.run.problem import known_split
 from lowrank.run.settings import Settings
@@ -184,7 +184,7 @@ def load_choosing(settings: Settings) -> Choosing:
       BadInput: Anything is missing, damaged or does not fit.
     """
     task = settings.data.load()
-    base = open_language(settings.base, settings.run.cache, settings.mesh.parts())
+    base = load_language(settings)
     return _choosing(settings, base, task)
 
 

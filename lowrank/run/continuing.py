@@ -10,7 +10,7 @@ from lowrank.run.language import (
     LanguageProblem,
     check_length,
     known_texts,
-    open_language,
+    load_language,
     windows_of,
 )
 from lowrank.run.problem import known_split
@@ -24,7 +24,7 @@ def load_continuing(settings: Settings) -> LanguageProblem:
       BadInput: Anything is missing, damaged or does not fit.
     """
     task = settings.data.load()
-    base = open_language(settings.base, settings.run.cache, settings.mesh.parts())
+    base = load_language(settings)
     return _continuing(settings, base, task)
 
 

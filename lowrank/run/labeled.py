@@ -19,6 +19,7 @@ from lowrank.run.settings import Settings
 from lowrank.run.texts import (
     TextProblem,
     load_base,
+    open_base,
     shipping_of,
     text_inputs,
     tokenize_all,
@@ -139,7 +140,8 @@ def reopen_labeled(settings: Settings, facts: Mapping[str, Any]) -> tuple[Base, 
       settings: Of the run.
       facts: What its result says of the data.
     """
-    return load_base(settings, len(facts["classes"])), text_inputs(1, 8)
+    base = open_base(settings.base, len(facts["classes"]), settings.run.cache)
+    return base, text_inputs(1, 8)
 
 
 def labeled_again(

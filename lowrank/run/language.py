@@ -28,6 +28,7 @@ from lowrank.run.forward import Batch
 from lowrank.run.judges import OF_TOKENS, Judge, Predict
 from lowrank.run.problem import Shipping, card_of
 from lowrank.run.settings import BaseSpec, Settings
+from lowrank.sharding.partition import Place, placing
 from lowrank.train.losses import Loss, next_token
 
 #: What a model of sequences reads of a batch.
@@ -290,13 +291,22 @@ def windows_of(base: Language, rows: Split, length: int) -> Windows:
     return Windows(*windows(base.tokenizer, rows, length, begin=base.begin))
 
 
-def open_language(wanted: BaseSpec, cache: str | None, parts: int = 1) -> Language:
+def load_language(settings: Settings) -> Language:
+    """The language model that the settings name, to be trained."""
+    mesh = settings.mesh
+    return open_language(settings.base, settings.run.cache, mesh.parts(), placing(mesh))
+
+
+def open_language(
+    wanted: BaseSpec, cache: str | None, parts: int = 1, place: Place | None = None
+) -> Language:
     """A language model as its config group describes it.
 
     Args:
       wanted: The group.
       cache: Folder for downloads; None: the user's.
       parts: Devices between which logits are split.
+      place: Says where weights lie; see `sharding.partition.placing`.
 
     Raises:
       BadInput: The group asks for what only encoders have.
@@ -318,6 +328,7 @@ def open_language(wanted: BaseSpec, cache: str | None, parts: int = 1) -> Langua
         dtype=wanted.dtype,
         cache=cache,
         parts=parts,
+        place=place,
     )
 
 

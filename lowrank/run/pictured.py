@@ -29,7 +29,7 @@ from lowrank.run.judges import OF_CLASSES, Judge, Predict
 from lowrank.run.labeled import Labels, renumbered
 from lowrank.run.problem import Shipping, card_of, known_split
 from lowrank.run.settings import Settings
-from lowrank.run.texts import load_base
+from lowrank.run.texts import load_base, open_base
 from lowrank.train.losses import Loss, cross_entropy
 
 #: Which pooling a task model of transformers has, by the kind of the base.
@@ -247,7 +247,7 @@ def reopen_pictured(settings: Settings, facts: Mapping[str, Any]) -> tuple[Base,
     Raises:
       Corrupt: The base prepares its images in another way now.
     """
-    base = load_base(settings, len(facts["classes"]))
+    base = open_base(settings.base, len(facts["classes"]), settings.run.cache)
     now, then = plain(wants_of(base)), dict(facts["images"])
     side = then.pop("side")
     if now != then:

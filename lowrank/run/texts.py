@@ -25,6 +25,7 @@ from lowrank.models.encoder import EncoderSpec
 from lowrank.run.forward import Batch, inputs_of
 from lowrank.run.problem import Shipping
 from lowrank.run.settings import BaseSpec, Settings
+from lowrank.sharding.partition import Place, placing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,11 +149,14 @@ def batching_of(settings: Settings) -> Batching:
 
 
 def load_base(settings: Settings, num_classes: int) -> Base:
-    """The base that the settings name, with a head for `num_classes`."""
-    return open_base(settings.base, num_classes, settings.run.cache)
+    """The base that the settings name, with a head for `num_classes`, to be trained."""
+    place = placing(settings.mesh)
+    return open_base(settings.base, num_classes, settings.run.cache, place)
 
 
-def open_base(wanted: BaseSpec, num_classes: int, cache: str | None) -> Base:
+def open_base(
+    wanted: BaseSpec, num_classes: int, cache: str | None, place: Place | None = None
+) -> Base:
     """A base as its config group describes it."""
     return hub.load(
         wanted.source,
@@ -162,6 +166,7 @@ def open_base(wanted: BaseSpec, num_classes: int, cache: str | None) -> Base:
         remat=wanted.remat,
         dtype=wanted.dtype,
         cache=cache,
+        place=place,
     )
 
 

@@ -23,6 +23,7 @@ from lowrank.run.settings import Settings
 from lowrank.run.texts import (
     TextProblem,
     load_base,
+    open_base,
     shipping_of,
     text_inputs,
     tokenize_all,
@@ -171,7 +172,7 @@ def load_valued(settings: Settings) -> Valued:
 def reopen_valued(settings: Settings, facts: Mapping[str, Any]) -> tuple[Base, Any]:
     """The base as a finished run had it, and an example of its inputs."""
     del facts
-    return load_base(settings, 1), text_inputs(1, 8)
+    return open_base(settings.base, 1, settings.run.cache), text_inputs(1, 8)
 
 
 def valued_again(

@@ -13,9 +13,10 @@ in between has `max_rank` columns.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank.core.errors import BadInput
@@ -24,6 +25,8 @@ from lowrank.sharding.mesh import FSDP, OF_WEIGHTS, MeshSpec
 
 #: (pattern, what splits each of a weight's last axes).
 Rule = tuple[str, Sequence[str | Sequence[str] | None]]
+#: (path -> weight or its shape, rules of the family) -> where each of them lies.
+Place = Callable[[Mapping[str, Any], Sequence[Rule]], Mapping[str, NamedSharding]]
 #: What splits an axis of an array: mesh axes, in their order.
 Split = tuple[str, ...]
 
@@ -134,6 +137,28 @@ def partition(
                 f"mesh.{name}=1"
             )
     return Partition(mesh, weights, asked.small)
+
+
+def placing(asked: MeshSpec) -> Place | None:
+    """What brings every weight, as it is read, to where it will lie.
+
+    Where no weight is split there is nothing to say, and None. So it is where several
+    processes take part: what each of them computes of the base by itself, before
+    training, it computes of the whole.
+
+    Raises:
+      BadInput: There are fewer devices than asked for.
+    """
+    sizes = asked.sizes()
+    if jax.process_count() > 1 or all(sizes[name] == 1 for name in OF_WEIGHTS):
+        return None
+    mesh = asked.build()
+
+    def place(leaves: Mapping[str, Any], family: Sequence[Rule]):
+        split = partition(leaves, asked, mesh, family)
+        return {path: split.sharding(path) for path in leaves}
+
+    return place
 
 
 def _checked(asked: MeshSpec, leaves: Mapping[str, Any]) -> list[Rule]:

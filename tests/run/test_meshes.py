@@ -17,11 +17,12 @@ from lowrank.core.errors import BadInput, Preempted
 from lowrank.core.trees import flatten
 from lowrank.deltas.lora import LoRA
 from lowrank.run.fit import fit
+from lowrank.run.placing import place
 from lowrank.run.prepare import prepare
 from lowrank.run.settings import read
 from lowrank.run.stored import load_run, predict
 from lowrank.run.trial import run_trial
-from lowrank.sharding.mesh import MeshSpec
+from lowrank.sharding.mesh import MeshSpec, put
 from lowrank.train.batches import shape_of
 from lowrank.train.loop import LoopSpec
 from lowrank.train.losses import squared_error
@@ -273,6 +274,31 @@ def close(found, wanted, names):
                 for result in (found, wanted)
             )
             assert one == pytest.approx(other, rel=1e-3), (split, name)
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder"])
+def test_weights_come_to_their_devices_as_they_are_read(world, talking, family):
+    """And lie whole nowhere, as one chip could not hold them."""
+    asked = ("mesh.fsdp=2", "mesh.tensor=4", "mesh.small=0", "evaluate.batch_size=8")
+    config = world.config if family == "encoder" else composed
+    given = () if family == "encoder" else ("config", *talking)
+    prepared = prepare(read(config(*given, *asked)))
+    spec, base = prepared.settings.mesh, prepared.problem.base
+    wanted = place(prepared.adapted, spec, rules=base.partition).frozen
+    frozen = prepared.adapted.frozen()
+    split = [path for path, leaf in frozen.items() if not leaf.is_fully_replicated]
+    assert len(split) > len(frozen) / 3
+    for path, leaf in frozen.items():
+        assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
+    # Training then brings nothing anywhere.
+    placed = put(frozen, wanted)
+    pointers = lambda leaf: [
+        shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards
+    ]
+    assert all(pointers(placed[path]) == pointers(frozen[path]) for path in split)
+    alone = prepare(read(config(*given))).adapted.frozen()
+    for path, leaf in frozen.items():
+        np.testing.assert_array_equal(leaf, alone[path])
 
 
 def test_a_whole_run_is_judged_shipped_and_opened_alike(world):
