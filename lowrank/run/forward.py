@@ -76,8 +76,8 @@ class Forward:
             lowered = self._jitted.lower(self._frozen, trained, dials, shapes)
             self._compiled[key] = lowered.compile()
             self.outputs = lowered.out_info
-        rejoin()
         self.compile_seconds += time.perf_counter() - began
+        rejoin()
 
     def __call__(self, trained: Trained, dials: Dials, batch: Batch) -> Any:
         """The model's outputs, trials first."""

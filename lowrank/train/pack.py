@@ -233,8 +233,8 @@ class Pack:
         for key, batch in self.shapes.items():
             self.compiled[key] = program.lower(frozen, state, batch).compile()
             logger.info("compiled the step for batches of shape %s", key)
-        rejoin()
         self.compile_seconds = time.perf_counter() - began
+        rejoin()
         give_back()
 
     def __call__(self, state: TrainState, batch: Mapping[str, np.ndarray]):

@@ -80,6 +80,8 @@ def test_one_that_hangs_ends_all(crew, tmp_path, undisturbed, where):
     found = ended(crew, time.monotonic() + float(limit.partition("=")[2]))
     assert set(found) <= {76, ABORTED}, crew.all_said()
     assert 76 in found
-    assert words in crew.all_said()
+    said = crew.all_said()
+    assert "HANG: " in said
+    assert words in said
     assert crew.run(2, directory, *LONG) == [0, 0], crew.all_said()
     close_runs(undisturbed, directory)
