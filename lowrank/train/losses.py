@@ -45,7 +45,7 @@ def cross_entropy(
     Returns:
       Summed loss, summed weight, and the weight of correctly classified rows.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = _wide(logits)
     weight = batch["weight"].astype(jnp.float32)
     label = jnp.where(weight > 0, batch["label"], 0)
     log_p = jax.nn.log_softmax(logits, axis=-1)
@@ -76,7 +76,7 @@ def next_token(
     """
     weight = batch["weight"].astype(jnp.float32)
     smooth = constants["label_smoothing"]
-    told = lambda name: jnp.where(weight > 0, scores[name], 0).astype(jnp.float32)
+    told = lambda name: _wide(jnp.where(weight > 0, scores[name], 0))
     loss = -((1 - smooth) * told("picked") + smooth * told("mean"))
     return Sums(
         jnp.sum(loss * weight),
@@ -104,5 +104,10 @@ def squared_error(
     weight = batch["weight"].astype(jnp.float32)
     # A row of padding may hold anything, and 0 times NaN is NaN.
     error = jnp.where(weight[:, None] > 0, outputs - batch["y"], 0)
-    loss = jnp.mean(jnp.square(error.astype(jnp.float32)), axis=-1)
+    loss = jnp.mean(jnp.square(_wide(error)), axis=-1)
     return Sums(jnp.sum(loss * weight), jnp.sum(weight), {})
+
+
+def _wide(x: Array) -> Array:
+    """In float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

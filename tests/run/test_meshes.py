@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_language import write_llama, write_meanings
+from tiny_language import talking_run
 from tiny_run import composed
 
 from lowrank.adapt.attach import attach
@@ -94,6 +94,10 @@ class Job:
         return found, [[one["train/loss"] for one in row] for row in rows]
 
 
+#: Of a small run of an encoder.
+ENCODER = ("data.batching.buckets=[16]", "data.batching.batch_size=16", "ranks=norm")
+
+
 def first_ten(prepared):
     """The first batches of a problem, of one trial, as many as there are, and again."""
     found = [
@@ -111,26 +115,13 @@ def of_problem(prepared):
 
 @pytest.fixture(scope="module")
 def encoder(world):
-    own = ("data.batching.buckets=[16]", "data.batching.batch_size=16", "ranks=norm")
-    return of_problem(prepare(read(world.config(*own))))
+    return of_problem(prepare(read(world.config(*ENCODER))))
 
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory):
     """Arguments of a small run of a language model."""
-    root = tmp_path_factory.mktemp("decoder")
-    for name in ("llama", "data"):
-        (root / name).mkdir()
-    write_llama(root / "llama")
-    write_meanings(root / "data")
-    return (
-        "experiment=laptop", f"base.source={root / 'llama'}", "delta.rank=4",
-        f"data.path={root / 'data'}", f"run.cache={root / 'cache'}",
-        f"run.root={root / 'runs'}", "evaluate.resamples=50", "evaluate.batch_size=8",
-        "data.train_rows=null", "data.validation_rows=null", "data.test_rows=null",
-        "data.batching.length=64", "data.batching.batch_size=8",
-        "evaluate.answers=8", "delta.targets=decoder/**/kernel",
-    )  # fmt: skip
+    return talking_run(tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +129,7 @@ def decoder(talking):
     return of_problem(prepare(read(composed("config", *talking))))
 
 
-@pytest.fixture(scope="module")
-def plain():
+def plain_job(widen=lambda tree: tree):
     """A function that nobody here wrote, split by patterns."""
     keys = jax.random.split(jax.random.key(3), 3)
     params = {
@@ -162,11 +152,17 @@ def plain():
         }
         for _ in range(STEPS)
     ]
+    batches, params = widen(batches), widen(params)
     example = {"x": batches[0]["x"]}
     adapted = attach(apply, params, example, rules=[Rule("layers/w", LoRA(), 3, 6)])
     rules = (("in", (None, "tensor")), ("layers/w", ("tensor", "fsdp")))
     options = {"loss": squared_error, "inputs": lambda batch: {"x": batch["x"]}}
     return Job(adapted, rules, batches, options)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return plain_job()
 
 
 @pytest.fixture(scope="module")

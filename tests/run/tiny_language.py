@@ -63,3 +63,19 @@ def write_meanings(root):
     for number, name in enumerate(rnnlg.FILES):
         (root / name).write_text(json.dumps(rows[number::3]))
     return root
+
+
+def talking_run(root):
+    """Arguments of a small run of a language model that answers, and what it reads."""
+    for name in ("llama", "data"):
+        (root / name).mkdir()
+    write_llama(root / "llama")
+    write_meanings(root / "data")
+    return (
+        "experiment=laptop", f"base.source={root / 'llama'}", "delta.rank=4",
+        f"data.path={root / 'data'}", f"run.cache={root / 'cache'}",
+        f"run.root={root / 'runs'}", "evaluate.resamples=50", "evaluate.batch_size=8",
+        "data.train_rows=null", "data.validation_rows=null", "data.test_rows=null",
+        "data.batching.length=64", "data.batching.batch_size=8",
+        "evaluate.answers=8", "delta.targets=decoder/**/kernel",
+    )  # fmt: skip
