@@ -80,6 +80,17 @@ def test_a_pack_that_is_left_over_gets_the_devices_it_can_share(
     assert num_trials % mesh.sizes()["trial"] == 0
 
 
+@pytest.mark.parametrize(
+    ("num_trials", "found"),
+    [(8, (4, 2)), (6, (2, 4)), (5, (1, 8)), (4, (4, 2)), (3, (1, 8))],
+)
+def test_of_several_processes_no_device_is_left_out(monkeypatch, num_trials, found):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    mesh = MeshSpec(trial=4, data=2).for_trials(num_trials)
+    assert (mesh.trial, mesh.data) == found
+    assert num_trials % mesh.trial == 0
+
+
 def test_a_packs_batch_is_cut_by_trials_and_rows_and_a_shared_one_by_rows():
     mesh = MeshSpec(trial=2, data=4).build()
     batch = {"ids": np.arange(96, dtype=np.int32).reshape(2, 8, 6)}

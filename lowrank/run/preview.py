@@ -84,8 +84,8 @@ def lowered(planned: Planned, num_trials: int = 1, mesh: Mesh | None = None) -> 
 
     Args:
       planned: The trial.
-      num_trials: Of the pack. One that the trial axis of the mesh does not divide is
-        shared by fewer devices.
+      num_trials: Of the pack; where the trial axis of the mesh does not divide it, see
+        `MeshSpec.for_trials`.
       mesh: Other devices than those of this machine.
     """
     settings, adapted = planned.settings, planned.adapted

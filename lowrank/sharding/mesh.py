@@ -144,14 +144,18 @@ class MeshSpec:
         """This mesh with as many devices along its trial axis as can share so many.
 
         Where the axis divides `num_trials` that is the mesh itself. What is left of a
-        sweep need not come out even; its last pack then leaves some devices idle.
+        sweep need not come out even; its last pack then leaves some devices idle. Of
+        several processes none may be left out: those devices share rows instead.
 
         Raises:
           BadInput: There are fewer devices than asked for.
         """
         sizes, fits = self.sizes(), self.share(num_trials)
-        if fits == sizes[TRIAL]:
+        if fits == (count := sizes[TRIAL]):
             return self
+        if jax.process_count() > 1:
+            fits = math.gcd(num_trials, count)
+            sizes[DATA] *= count // fits
         return dataclasses.replace(self, **{**sizes, TRIAL: fits})
 
 
@@ -297,10 +301,23 @@ def put(tree: PyTree, where: PyTree) -> PyTree:
     return jax.tree.map(_put, tree, where)
 
 
+def bring(host: np.ndarray, where: Sharding | None) -> Array:
+    """An array of the host's on its devices, or, of None, where JAX puts it.
+
+    It takes the host's buffer over where it can, so that it is held once; nothing may
+    write to it any more.
+    """
+    if where is None or where.is_fully_addressable:
+        return jax.device_put(host, where, may_alias=True)
+    return _put(host, where)
+
+
 def _put(x: Any, where: Sharding) -> Array:
-    here = not isinstance(x, jax.Array) or x.is_fully_addressable
-    if where.is_fully_addressable or not here:
+    if where.is_fully_addressable:
         return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        there = x.sharding.is_equivalent_to(where, x.ndim)
+        return x if there else jax.jit(lambda x: x, out_shardings=where)(x)
     # `device_put` would send all of it around, to see whether all have the same.
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(x), where)

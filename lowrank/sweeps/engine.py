@@ -260,7 +260,7 @@ def _ready(settings: Settings, num_trials: int) -> Settings:
     """For a pack of so many, and without a progress bar.
 
     A bar would draw over the lines of the trials. A pack that does not come out even on
-    the trial axis gets fewer devices, not fewer trials.
+    the trial axis gets fewer devices on it, not fewer trials.
     """
     run = dataclasses.replace(settings.run, progress=False)
     mesh = settings.mesh.for_trials(num_trials)

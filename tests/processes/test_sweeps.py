@@ -38,6 +38,19 @@ def test_a_sweep_of_two_processes_is_that_of_one(crew, tmp_path):
     assert sweep(crew, 2, two) == [0, 0], crew.all_said()
 
 
+def test_trials_that_do_not_come_out_even_leave_no_process_out(crew, tmp_path):
+    """Devices that no trial needs share rows: three trials on an axis of two."""
+    folders = {1: tmp_path / "one", 2: tmp_path / "two"}
+    for count, folder in folders.items():
+        codes = sweep(crew, count, folder, "delta.rank=4", "seed=0,1,2")
+        assert codes == [0] * count, crew.all_said()
+    ours, theirs = map(runs, folders.values())
+    assert len(ours) == 3
+    assert ours.keys() == theirs.keys()
+    for name, directory in ours.items():
+        close_runs(directory, theirs[name])
+
+
 def test_a_trial_that_fails_ends_all_with_its_code(crew, tmp_path):
     codes = sweep(crew, 2, tmp_path / "sweep", "optim.lr=1e30", "optim.clip=null")
     assert codes == [77, 77], crew.all_said()
