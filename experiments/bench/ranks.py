@@ -50,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--recipes", default=",".join(RECIPES), help="some of them")
     parser.add_argument("--base", default="minilm", help="weights, as elsewhere")
+    shapes = [f"{batch}x{seq}" for batch, seq in SHAPES]
+    parser.add_argument(
+        "--shape", default=shapes[-1], choices=shapes, help="rows x tokens of a batch"
+    )
     parser.add_argument("--out", help="JSON with all times")
     parser.add_argument(
         "--most",
@@ -86,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one(options: argparse.Namespace) -> dict[str, Any]:
-    batch, seq = SHAPES[-1]
+    batch, seq = map(int, options.shape.split("x"))
     setting = Setting(base=options.base, batch=batch, seq=seq)
     base = hub.load(setting.base, num_classes=setting.num_classes)
     return measure(setting, base, options.recipes.split(","), options.rounds)
@@ -95,7 +99,7 @@ def _one(options: argparse.Namespace) -> dict[str, Any]:
 def _several(options: argparse.Namespace) -> dict[str, Any]:
     """What each process measures, the turns of one behind those of another."""
     command = [sys.executable, "-m", "experiments.bench.ranks"]
-    for name in ("rounds", "recipes", "base"):
+    for name in ("rounds", "recipes", "base", "shape"):
         command += [f"--{name}", str(getattr(options, name))]
     every = []
     with tempfile.TemporaryDirectory() as folder:
