@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from lowrank.adapt.attach import attach
@@ -14,7 +14,7 @@ from lowrank.adapt.rules import Rule
 from lowrank.core.errors import BadInput, UnknownName
 from lowrank.deltas.lora import LoRA
 from lowrank.models import decoder, encoder, vision
-from lowrank.run.placing import place
+from lowrank.run.placing import marks, place
 from lowrank.sharding.mesh import OF_ROWS, MeshSpec, lay_rows, place_batch
 from lowrank.sharding.partition import partition, placing, spec_of
 from lowrank.train import state as states
@@ -206,15 +206,41 @@ def test_what_is_split_is_put_together_again():
     np.testing.assert_array_equal(own, model.leaves["layers/kernel"])
 
 
-def test_loaders_are_told_where_weights_lie_if_any_is_split(monkeypatch):
+class OfOthersToo(Sharding):
+    """A place that other processes share: here are the first four of eight devices."""
+
+    is_fully_addressable = False
+
+    def __init__(self, place):
+        self._place = place
+
+    def addressable_devices_indices_map(self, shape):
+        return dict(list(self._place.devices_indices_map(shape).items())[:4])
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("changed", [False, True])
+def test_marks_of_a_base_tell_whether_it_has_changed(several, changed):
+    model = adapted()
+    placed = place(model, MeshSpec(fsdp=2, tensor=4, small=0), rules=RULES).frozen
+    where = {p: OfOthersToo(one) for p, one in placed.items()} if several else placed
+    before = marks(model.frozen(), where)
+    assert len(before) > len(placed) if several else len(before) == len(placed)
+    path = "layers/kernel"
+    # Among the first four parts.
+    frozen = dict(model.frozen())
+    frozen[path] = frozen[path].at[0, 0, 0].add(float(changed))
+    assert (marks(frozen, where) != before) == changed
+    assert (marks(jax.device_put(frozen, dict(placed)), where) != before) == changed
+
+
+def test_loaders_are_told_where_weights_lie_if_any_is_split():
     asked = MeshSpec(fsdp=2, tensor=4, small=0)
     found = placing(asked)(SHAPES, encoder.PARTITION)
     wanted = partition(SHAPES, asked, asked.build(), encoder.PARTITION)
     assert found == {path: wanted.sharding(path) for path in SHAPES}
     assert placing(MeshSpec()) is None
     assert placing(MeshSpec(data=4, trial=2)) is None
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert placing(asked) is None
 
 
 def test_rows_stay_split_where_weights_are():

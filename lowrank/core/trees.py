@@ -7,7 +7,7 @@ the structure aside so that the model gets back exactly the tree it knows.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -67,24 +67,30 @@ def shapes_of(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def fingerprint(tree: PyTree) -> str:
+def fingerprint(tree: PyTree, read: Callable[[Any], Any] = jax.device_get) -> str:
     """sha256 over path, dtype, shape and bytes of every leaf, in path order.
 
     The same values give the same fingerprint whatever device or sharding holds
     them, so it tells whether two runs start from the same base.
+
+    Args:
+      tree: The leaves.
+      read: Brings a leaf to the host, whole.
     """
     digest = hashlib.sha256()
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     for path, leaf in sorted((path_of(keys), leaf) for keys, leaf in pairs):
-        digest.update(leaf_digest(path, leaf).encode())
+        digest.update(leaf_digest(path, leaf, read).encode())
     return digest.hexdigest()
 
 
-def leaf_digest(path: str, leaf: Any) -> str:
+def leaf_digest(
+    path: str, leaf: Any, read: Callable[[Any], Any] = jax.device_get
+) -> str:
     """sha256 of one named leaf: its path, dtype, shape and bytes."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
-    array = np.asarray(jax.device_get(leaf))
+    array = np.asarray(read(leaf))
     digest = hashlib.sha256(f"{path}\0{array.dtype}\0{array.shape}\0".encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -30,6 +30,7 @@ from lowrank.models.encoder import Classifier, EncoderSpec
 from lowrank.models.options import check_choice, compute_dtype
 from lowrank.models.pixels import ImageInput
 from lowrank.models.vision import VisionSpec
+from lowrank.sharding.mesh import bring
 from lowrank.sharding.partition import Place, Rule
 
 Forward = Callable[[Any, Mapping[str, Any]], jax.Array]
@@ -237,7 +238,9 @@ def _from_folder(
             places=places,
         )
     head = {path: leaf for path, leaf in leaves.items() if path not in filled}
-    filled |= {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in head.items()}
+    for path, leaf in head.items():
+        zeros = np.zeros(leaf.shape, leaf.dtype)
+        filled[path] = bring(zeros, (places or {}).get(path))
 
     def apply(params: Any, batch: Mapping[str, Any]) -> Any:
         return model.apply({"params": params}, batch)

@@ -23,6 +23,7 @@ from lowrank.core.arrays import PyTree
 from lowrank.core.errors import BadInput, UnknownName, nearest
 from lowrank.core.trees import flatten, leaf_digest
 from lowrank.io.safetensors import aligned
+from lowrank.sharding.mesh import bring
 
 _MOST_LISTED = 20
 _NUMBER = r"(?P<{}>0|[1-9]\d*)"
@@ -263,9 +264,7 @@ class Family:
                 host.reshape((len(tensors), *piece))[number] = (
                     value.T if transpose else value
                 )
-            # The array takes the buffer over: the base is held once, not twice.
-            place = (places or {}).get(path)
-            params[path] = jax.device_put(host, place, may_alias=True)
+            params[path] = bring(host, (places or {}).get(path))
         text = "".join(digests[tensor] for tensor in sorted(digests))
         return params, hashlib.sha256(text.encode()).hexdigest(), ignored
 

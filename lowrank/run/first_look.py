@@ -29,7 +29,7 @@ from lowrank.deltas.base import Delta
 from lowrank.deltas.lora import LoRA
 from lowrank.deltas.probe import Probe
 from lowrank.run.forward import on_inputs
-from lowrank.sharding.processes import within_reach
+from lowrank.sharding.processes import on_host, within_reach
 from lowrank.train.batches import Batches
 from lowrank.train.losses import Loss
 from lowrank.train.ranks import RankEvents
@@ -80,8 +80,9 @@ def first_look(
             continue
         one = lambda tree, t=trial: jax.tree.map(lambda x: x[t], tree)
         seen = _batches(batches, trial, allocator.first_batches)
-        own, constants = one(state.trained), one(state.constants)
-        found = look(adapted, own, constants, frozen, seen, loss, inputs)
+        # Of several processes, each has a part of the base, and needs these whole.
+        own = jax.tree.map(on_host, (one(state.trained), one(state.constants)))
+        found = look(adapted, *own, frozen, seen, loss, inputs)
         _check_seen(found, wanted, trial)
         trials.append(_signal(adapted, found, wanted))
         if isinstance(allocator, EVA) and allocator.directions:
@@ -140,7 +141,7 @@ def first_gradients(
         tall = site.d_in > site.d_out
         sides = {"a": _eye(site, "in", 0), "b": _eye(site, "out", 0)}
         silent = "a" if tall else "b"
-        factors[path] = {**sides, silent: jnp.zeros_like(sides[silent])}
+        factors[path] = {**sides, silent: np.zeros_like(sides[silent])}
     for batch in batches:
         given = wide({**trained, **factors}, constants, batch)
         for path, site in sites.items():
@@ -169,20 +170,19 @@ def _under(
 
     slope = jax.jit(jax.grad(judged))
 
-    def at(trained: Trained, constants: Any, batch: Any) -> Trained:
-        # Of several processes, each has these whole and a part of the base.
-        own = jax.tree.map(np.asarray, (trained, constants))
-        return within_reach(slope(own[0], frozen, own[1], batch))
-
-    return at
+    return lambda trained, constants, batch: within_reach(
+        slope(trained, frozen, constants, batch)
+    )
 
 
-def _eye(site: Site, role: str, block: int) -> Array:
+def _eye(site: Site, role: str, block: int) -> np.ndarray:
     """Rows of the identity over a role's axes, from those of a block on; then zeros."""
     axes = site.ins if role == "in" else site.outs
     sizes = [site.shape[d] for d in axes]
-    eye = jnp.eye(site.largest_rank, math.prod(sizes), block * site.largest_rank)
-    return jnp.broadcast_to(
+    eye = np.eye(
+        site.largest_rank, math.prod(sizes), block * site.largest_rank, np.float32
+    )
+    return np.broadcast_to(
         eye.reshape(-1, *sizes), (*site.stack_shape, site.largest_rank, *sizes)
     )
 

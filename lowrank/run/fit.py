@@ -36,7 +36,7 @@ from lowrank.run.ranks import begun, check_settled, gauges
 from lowrank.run.storage import Storage
 from lowrank.sharding.mesh import MeshSpec, batch_shapes, place_batch, put
 from lowrank.sharding.partition import Rule
-from lowrank.sharding.processes import first
+from lowrank.sharding.processes import first, on_host
 from lowrank.train import state as states
 from lowrank.train.batches import PATCH, TrainBatches
 from lowrank.train.examples import check_examples_apart
@@ -212,14 +212,18 @@ def fit(
         )
     frozen = put(adapted.frozen(), placed.frozen)
     aged = moving is not None and moving.births
+    begun_before = storage is not None and storage.begun
+    looks = moving is not None and moving.looks_first and not begun_before
     state = states.start(
         adapted.init_trained, dials or adapted.dials(), optims, seeds, adapted.leaves,
         imposed.weights(penalties), adapted.roles(), aged,
         moving.begin if moving else lambda trained: {},
+        # What is computed on the host comes to its place later.
+        None if looks or any(starts) else placed.state,
     )  # fmt: skip
-    if any(starts) and not (storage and storage.begun):
+    if any(starts) and not begun_before:
         state = _started(state, starts)
-    if moving is not None and moving.looks_first and not (storage and storage.begun):
+    if moving is not None and looks:
         alive("a first look at the data")
         state = first_look(
             adapted, allocators, moving, state, frozen, batches, loss, inputs
@@ -227,7 +231,7 @@ def fit(
     state = put(state, placed.state(state))
     forward = Forward(model, frozen, devices)
     memory: Mapping[str, Any] = {**fresh(len(seeds)), "data": batches.state(0)}
-    if storage is not None and storage.begun:
+    if storage is not None and begun_before:
         alive("restore")
         state, memory = storage.resume(state, memory)
         batches.check_state(memory["data"])
@@ -344,7 +348,7 @@ def _identity(
     weighed = any(one.named for one in penalties)
     chosen = any(one != Uniform() for one in allocators)
     return {
-        "base": fingerprint(adapted.frozen()),
+        "base": fingerprint(adapted.frozen(), on_host),
         "rules": digest({**adapted.rules, "/ref_rank": adapted.ref_rank}),
         "trials": digest(
             [[one, seed] for one, seed in zip(optims, seeds, strict=True)]

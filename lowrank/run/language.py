@@ -13,8 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from lowrank.core.arrays import Frozen
 from lowrank.core.errors import BadInput
+from lowrank.core.trees import flatten
 from lowrank.data.builders.files import SUFFIXES
 from lowrank.data.packing import one_by_one, packed
 from lowrank.data.passages import documents, windows
@@ -24,10 +27,11 @@ from lowrank.data.talk import Spoken
 from lowrank.evaluate.tokens import TokenSums, score_tokens
 from lowrank.io import language
 from lowrank.io.language import Language
-from lowrank.run.forward import Batch
+from lowrank.run.forward import Batch, Forward
 from lowrank.run.judges import OF_TOKENS, Judge, Predict
 from lowrank.run.problem import Shipping, card_of
 from lowrank.run.settings import BaseSpec, Settings
+from lowrank.sharding.mesh import MeshSpec
 from lowrank.sharding.partition import Place, placing
 from lowrank.train.losses import Loss, next_token
 
@@ -208,13 +212,17 @@ class LanguageProblem:
 
     def _alone(self) -> Predict:
         """The base without any correction, as a pack of one."""
-        scores = jax.jit(self.base.scores)
+        leaves, structure = flatten(self.base.params)
+        where = [leaf.sharding for leaf in leaves.values()]
+        split = [own for own in where if isinstance(own, NamedSharding)]
+        mesh = split[0].mesh if split else MeshSpec().build(jax.local_devices())
 
-        def predict(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-            found = scores(self.base.params, self.inputs(batch))
-            return {name: value[None] for name, value in found.items()}
+        def model(frozen: Frozen, trained: Any, batch: Any, dials: Any, key: Any):
+            return self.base.scores(structure.unflatten(frozen), self.inputs(batch))
 
-        return predict
+        forward = Forward(model, leaves, mesh)
+        nothing = {"": np.zeros(1, np.float32)}
+        return lambda batch: forward(nothing, {}, batch)
 
     def _one_by_one(self, own: Windows) -> Sequence[Batch]:
         rows = one_by_one(own.spoken, self.base.spec.pad_id)

@@ -23,14 +23,13 @@ from lowrank.core.errors import (
     OutOfMemory,
 )
 from lowrank.core.spec import digest
-from lowrank.core.trees import fingerprint
 from lowrank.io.checkpoints import Checkpoints
 from lowrank.io.history import MOVES
 from lowrank.io.record import Record
 from lowrank.run.checks import check_plan
 from lowrank.run.fit import Fit, fit
 from lowrank.run.forward import Batch, on_inputs
-from lowrank.run.placing import place, unchanged
+from lowrank.run.placing import marks, place
 from lowrank.run.prepare import PreparedPack, prepare_pack, ranks_array, site_rows
 from lowrank.run.preview import Planned, lowered
 from lowrank.run.profile import Profile, watched
@@ -254,7 +253,9 @@ def _train(
             record.write_json("sites.json", site_rows(trial.adapted))
             record.save_arrays("ranks", **_flat(ranks_array(trial.adapted)))
     together, problem = prepared.variants.together, trials[0].problem
-    before = fingerprint(together.frozen())
+    mesh, partition = settings[0].mesh, problem.base.partition
+    where = place(together, mesh, rules=partition).frozen
+    before = marks(together.frozen(), where)
 
     def log(position: int, rows: Sequence[Mapping[str, float]]) -> None:
         for watch, row in zip(watches, rows, strict=True):
@@ -276,8 +277,8 @@ def _train(
             seeds=[one.seed for one in settings],
             dials=prepared.variants.dials(),
             starts=prepared.starts,
-            mesh=settings[0].mesh,
-            partition=problem.base.partition,
+            mesh=mesh,
+            partition=partition,
             loop=settings[0].loop,
             until=until,
             non_finite=settings[0].non_finite,
@@ -292,7 +293,7 @@ def _train(
             raise
         return [_failed(record, error) for record in records]
     # Promise M1: the base is never changed.
-    if not unchanged(together.frozen(), before, fitted.frozen):
+    if marks(fitted.frozen, where) != before:
         raise Corrupt("the frozen base changed during the run; please report this")
     results = Results(prepared, fitted, watchdog.alive)
     outcomes = []

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lowrank.adapt.attach import Adapted
 from lowrank.core.arrays import Frozen
-from lowrank.core.trees import fingerprint, flatten, leaf_digest
+from lowrank.core.trees import flatten, leaf_digest
 from lowrank.sharding.mesh import MeshSpec
 from lowrank.sharding.partition import Rule, partition, spec_of
 from lowrank.train import state as states
@@ -42,23 +42,32 @@ class Placement:
         return jax.tree.map(shaped, tree, where)
 
 
-def unchanged(whole: Frozen, before: str, placed: Frozen) -> bool:
-    """Whether the base on its devices is the base as it was loaded.
+def marks(base: Frozen, where: Mapping[str, Sharding]) -> dict[str, str]:
+    """Digests of a base, those of two trees are equal if their numbers are.
+
+    Of several processes, each looks at what its own devices hold, or are to hold.
 
     Args:
-      whole: As it was loaded; on one device that is `placed` itself.
-      before: Its fingerprint, from before the run.
-      placed: On its devices. Of several processes, each looks at what it holds.
+      base: On its devices, or whole, before it comes there.
+      where: Path -> where a weight lies in the end.
     """
-    if all(leaf.is_fully_addressable for leaf in placed.values()):
-        return fingerprint(placed) == before
-    for path, leaf in placed.items():
-        loaded = np.asarray(whole[path])
-        parts = {str(shard.index): shard for shard in leaf.addressable_shards}
-        for part in parts.values():
-            if leaf_digest(path, part.data) != leaf_digest(path, loaded[part.index]):
-                return False
-    return True
+    found = {}
+    for path, leaf in base.items():
+        place = where[path]
+        if place.is_fully_addressable:
+            found[path] = leaf_digest(path, leaf)
+            continue
+        parts = place.addressable_devices_indices_map(leaf.shape).values()
+        for index in {str(part): part for part in parts}.values():
+            found[f"{path}{index}"] = leaf_digest(path, _part(leaf, index))
+    return found
+
+
+def _part(leaf: Any, index: tuple[slice, ...]) -> Any:
+    """What lies there of a weight that is here, or whose part is."""
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)[index]
+    return next(one.data for one in leaf.addressable_shards if one.index == index)
 
 
 def place(

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank.core.errors import BadInput
@@ -142,15 +141,14 @@ def partition(
 def placing(asked: MeshSpec) -> Place | None:
     """What brings every weight, as it is read, to where it will lie.
 
-    Where no weight is split there is nothing to say, and None. So it is where several
-    processes take part: what each of them computes of the base by itself, before
-    training, it computes of the whole.
+    Where no weight is split there is nothing to say, and None. Of several processes,
+    each brings what its own devices are to hold.
 
     Raises:
       BadInput: There are fewer devices than asked for.
     """
     sizes = asked.sizes()
-    if jax.process_count() > 1 or all(sizes[name] == 1 for name in OF_WEIGHTS):
+    if all(sizes[name] == 1 for name in OF_WEIGHTS):
         return None
     mesh = asked.build()
 

@@ -84,6 +84,7 @@ def start(
     roles: Roles | None = None,
     ages: bool = False,
     ranks: Callable[[Trained], Any] = lambda trained: {},
+    where: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
     """The state of a pack before its first step.
 
@@ -97,6 +98,7 @@ def start(
       roles: What the axes of the factors are for; ages need them.
       ages: Whether components have ages, as the step is told; see `transformation`.
       ranks: Trained trees of all trials -> what the state holds for allocators.
+      where: Shapes of the state -> where it comes to lie; None: where JAX puts it.
     """
     count = len(seeds)
     tables = optimizers.tables(optims)
@@ -129,7 +131,9 @@ def start(
     keys = jnp.stack([trial_key(seed) for seed in seeds])
     # One program: op by op, each of some fifty small ones would be compiled alone.
     given = () if base is None else (dict(base),)
-    return jax.jit(begin)(keys, each, constants, given)
+    args = (keys, each, constants, given)
+    out = None if where is None else where(jax.eval_shape(begin, *args))
+    return jax.jit(begin, out_shardings=out)(*args)
 
 
 def on_mesh(

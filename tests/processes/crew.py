@@ -1,12 +1,15 @@
 """Commands of several processes with four devices each, and what ends them."""
 
+import collections
 import functools
 import itertools
 import os
 import signal
 import socket
+import sys
 import time
 
+import jax
 import lives
 import tiny_run
 from quick_flags import FLAGS, known
@@ -30,10 +33,19 @@ def _raise(value):
     raise RuntimeError("struck")
 
 
+def _weigh(value):
+    """Says what each device of this process holds, in bytes."""
+    held = collections.Counter()
+    for array in jax.live_arrays():
+        for part in array.addressable_shards:
+            held[part.device.id] += part.data.nbytes
+    print("devices hold", *held.values(), "bytes", file=sys.__stderr__, flush=True)
+
+
 def _member(arguments, environment, output, faults, folder):
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    lives.ACTS["raise"] = _raise
+    lives.ACTS |= {"raise": _raise, "weigh": _weigh}
     for fault in faults:
         lives._plant(fault)
     lives._command("train", arguments, environment, output, output.parent)
@@ -44,7 +56,10 @@ class Crew:
 
     Attributes:
       children: Of the newest command, in their order.
+      small: What makes runs small, and says which task they are of.
     """
+
+    small = SMALL
 
     def __init__(self, world, folder):
         self._world, self._folder = world, folder
@@ -63,9 +78,10 @@ class Crew:
           folders: Where each is started.
         """
         where = [] if directory is None else [f"run.directory={directory}"]
-        given = [*SMALL, *self._world.overrides(*where)]
+        given = [*self._world.overrides(*where), *self.small]
         # The last one that names a field holds; Hydra takes each but once.
-        wanted = ["delta.rank=4", *MESH, *overrides]
+        ranked = [] if "delta=full" in overrides else ["delta.rank=4"]
+        wanted = [*ranked, *MESH, *overrides]
         named = {one.split("=")[0]: one for one in (*given, *wanted)}
         given = sorted(named.values(), key=lambda one: one != "-m")
         environment = self._world.environment | {

@@ -1,11 +1,13 @@
 """Two processes with four devices each do what one with eight does."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from lives import LONG, Fault
 from safetensors.numpy import load_file
+from tiny_language import talking_run
 from tiny_run import metric_rows, position
 
 pytestmark = pytest.mark.long
@@ -35,12 +37,18 @@ def close_runs(one, other):
     assert result(one)["best_step"] == result(other)["best_step"]
 
 
+def both_ways(crew, tmp_path, *overrides):
+    """The directories of a run on one process and on two."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert crew.alone(alone, *overrides) == 0, crew.said(0)
+    assert crew.run(2, both, *overrides) == [0, 0], crew.all_said()
+    close_runs(alone, both)
+    return alone, both
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_two_processes_do_what_one_does(crew, tmp_path, mesh):
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    assert crew.alone(alone, *MESHES[mesh]) == 0, crew.said(0)
-    assert crew.run(2, both, *MESHES[mesh]) == [0, 0], crew.all_said()
-    close_runs(alone, both)
+    alone, both = both_ways(crew, tmp_path, *MESHES[mesh])
     environment = json.loads((both / "environment.json").read_text())
     assert environment["num_processes"] == 2
     names = lambda folder: sorted(
@@ -51,8 +59,44 @@ def test_two_processes_do_what_one_does(crew, tmp_path, mesh):
     assert names(alone) == names(both)
 
 
+def test_a_language_model_speaks_and_forgets_alike(crew, tmp_path):
+    """Its answers, and what it knew before, are asked of the parts of all processes."""
+    known = tmp_path / "known.txt"
+    known.write_text("x is big in red\n\ny is small in blue\n" * 8)
+    crew.small = talking_run(tmp_path)
+    directories = both_ways(crew, tmp_path, f"evaluate.known={known}")
+    wanted, found = (result(one)["scores"]["known"] for one in directories)
+    for name in ("loss", "base_loss", "rise"):
+        one, other = (x["metrics"][name]["estimate"] for x in (found, wanted))
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5), name
+    said = [np.load(one / "predictions" / "test.npz") for one in directories]
+    np.testing.assert_array_equal(said[0]["answer"], said[1]["answer"])
+
+
+def test_a_function_of_the_users_own_is_trained_alike(crew, world, tmp_path):
+    world.write_own_model(tmp_path)
+    both_ways(
+        crew, tmp_path, "base.source=python:own_model:load", "delta.targets=mix/kernel",
+        "data.batching.buckets=[16]", "mesh.rules={mix/kernel: [fsdp, tensor]}",
+    )  # fmt: skip
+
+
+def test_a_start_that_reads_the_base_is_alike(crew, tmp_path):
+    both_ways(crew, tmp_path, "delta=full", "optim.lr=0.001", "optim.eps=1e-5")
+
+
+def test_no_device_holds_more_of_the_base_than_its_part(crew, tmp_path):
+    """Not even the first one of a process, to which JAX brings what is said nothing of."""
+    faults = {n: [Fault("weigh", "compilation")] for n in range(2)}
+    assert crew.run(2, tmp_path / "run", faults=faults) == [0, 0], crew.all_said()
+    for index in range(2):
+        (told,) = re.findall(r"devices hold ([\d ]+) bytes", crew.said(index))
+        held = [*map(int, told.split())]
+        assert len(held) == 4
+        assert max(held) < 1.1 * min(held), held
+
+
 def test_ranks_move_alike(crew, tmp_path):
-    alone, both = tmp_path / "alone", tmp_path / "both"
     moving = (
         "ranks=fisher",
         "ranks.every=4",
@@ -60,8 +104,7 @@ def test_ranks_move_alike(crew, tmp_path):
         "optim.epochs=4",
         "optim.lr=0.005",
     )
-    assert crew.alone(alone, *moving) == 0, crew.said(0)
-    assert crew.run(2, both, *moving) == [0, 0], crew.all_said()
+    alone, both = both_ways(crew, tmp_path, *moving)
     with np.load(alone / "ranks.npz") as ours, np.load(both / "ranks.npz") as theirs:
         assert ours.files == theirs.files
         for name in ours.files:

@@ -21,42 +21,11 @@ from lowrank.run.stored import load_run, predict
 
 pytestmark = pytest.mark.long
 
-#: A model of a user's own: plain JAX, weights in a list, nothing of this package.
-OWN = """
-import jax, jax.numpy as jnp
-from tokenizers import Tokenizer
-from lowrank.io.hub import Base
-
-TOKENIZER = {tokenizer!r}
-
-def features(params, batch):
-    words = params["words"][batch["ids"]]
-    mask = batch["mask"][..., None].astype(words.dtype)
-    mean = (words * mask).sum(1) / mask.sum(1)
-    return jnp.tanh(mean @ params["mix"]["kernel"])
-
-def apply(params, batch):
-    return features(params, batch) @ params["out"]["kernel"]
-
-def load(num_classes):
-    k = jax.random.split(jax.random.key(0), 2)
-    params = {{
-        "words": jax.random.normal(k[0], (97, 16)),
-        "mix": {{"kernel": jax.random.normal(k[1], (16, 12)) / 4}},
-        "out": {{"kernel": jnp.zeros((12, num_classes))}},
-    }}
-    return Base("own", apply, features, params, Tokenizer.from_file(TOKENIZER),
-                fingerprint="own-1", max_length=32, head="out/**")
-"""
-
 
 @pytest.fixture
 def own_model(world, tmp_path):
-    source = OWN.format(tokenizer=str(world.base / "tokenizer.json"))
-    folder = tmp_path / "code"
-    folder.mkdir()
-    (folder / "own_model.py").write_text(source)
-    return folder
+    (tmp_path / "code").mkdir()
+    return world.write_own_model(tmp_path / "code")
 
 
 def small(world, directory, *overrides):

@@ -30,6 +30,33 @@ KEYWORDS = {
 }
 FILLERS = tuple(f"word{number}" for number in range(40))
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+#: A model of a user's own: plain JAX, weights in a list, nothing of this package.
+OWN = """
+import jax, jax.numpy as jnp
+from tokenizers import Tokenizer
+from lowrank.io.hub import Base
+
+TOKENIZER = {tokenizer!r}
+
+def features(params, batch):
+    words = params["words"][batch["ids"]]
+    mask = batch["mask"][..., None].astype(words.dtype)
+    mean = (words * mask).sum(1) / mask.sum(1)
+    return jnp.tanh(mean @ params["mix"]["kernel"])
+
+def apply(params, batch):
+    return features(params, batch) @ params["out"]["kernel"]
+
+def load(num_classes):
+    k = jax.random.split(jax.random.key(0), 2)
+    params = {{
+        "words": jax.random.normal(k[0], (97, 16)),
+        "mix": {{"kernel": jax.random.normal(k[1], (16, 12)) / 4}},
+        "out": {{"kernel": jnp.zeros((12, num_classes))}},
+    }}
+    return Base("own", apply, features, params, Tokenizer.from_file(TOKENIZER),
+                fingerprint="own-1", max_length=32, head="out/**")
+"""
 #: Overrides that make a run small; the tests name only what they are about.
 SMALL = (
     "data=table",
@@ -100,6 +127,12 @@ class World:
         self.runs = folder / "runs"
         self.runs.mkdir(parents=True)
         self.compiled = folder / "compiled"
+
+    def write_own_model(self, folder):
+        """The folder with `own_model:load` in it, which reads the words of the base."""
+        source = OWN.format(tokenizer=str(self.base / "tokenizer.json"))
+        (folder / "own_model.py").write_text(source)
+        return folder
 
     def overrides(self, *overrides):
         """The arguments of a small run on the command line."""
