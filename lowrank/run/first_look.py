@@ -81,8 +81,9 @@ def first_look(
         one = lambda tree, t=trial: jax.tree.map(lambda x: x[t], tree)
         seen = _batches(batches, trial, allocator.first_batches)
         # Of several processes, each has a part of the base, and needs these whole.
-        own = jax.tree.map(on_host, (one(state.trained), one(state.constants)))
-        found = look(adapted, *own, frozen, seen, loss, inputs)
+        own = jax.tree.map(on_host, one(state.trained))
+        constants = jax.tree.map(on_host, one(state.constants))
+        found = look(adapted, own, constants, frozen, seen, loss, inputs)
         _check_seen(found, wanted, trial)
         trials.append(_signal(adapted, found, wanted))
         if isinstance(allocator, EVA) and allocator.directions:

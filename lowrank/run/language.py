@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from lowrank.core.arrays import Frozen
 from lowrank.core.errors import BadInput
@@ -214,8 +214,9 @@ class LanguageProblem:
         """The base without any correction, as a pack of one."""
         leaves, structure = flatten(self.base.params)
         where = [leaf.sharding for leaf in leaves.values()]
-        split = [own for own in where if isinstance(own, NamedSharding)]
-        mesh = split[0].mesh if split else MeshSpec().build(jax.local_devices())
+        meshes = [own.mesh for own in where if isinstance(own, NamedSharding)]
+        placed = [mesh for mesh in meshes if isinstance(mesh, Mesh)]
+        mesh = placed[0] if placed else MeshSpec().build(jax.local_devices())
 
         def model(frozen: Frozen, trained: Any, batch: Any, dials: Any, key: Any):
             return self.base.scores(structure.unflatten(frozen), self.inputs(batch))

@@ -63,7 +63,7 @@ def marks(base: Frozen, where: Mapping[str, Sharding]) -> dict[str, str]:
     return found
 
 
-def _part(leaf: Any, index: tuple[slice, ...]) -> Any:
+def _part(leaf: Any, index: tuple[slice, ...] | None) -> Any:
     """What lies there of a weight that is here, or whose part is."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf)[index]

@@ -86,7 +86,7 @@ def test_a_start_that_reads_the_base_is_alike(crew, tmp_path):
 
 
 def test_no_device_holds_more_of_the_base_than_its_part(crew, tmp_path):
-    """Not even the first one of a process, to which JAX brings what is said nothing of."""
+    """Not even the first one of a process, where JAX puts what has no place."""
     faults = {n: [Fault("weigh", "compilation")] for n in range(2)}
     assert crew.run(2, tmp_path / "run", faults=faults) == [0, 0], crew.all_said()
     for index in range(2):

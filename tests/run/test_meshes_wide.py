@@ -1,4 +1,4 @@
-"""In float64 a split step is the step on one device to eight digits: no term is lost."""
+"""In float64 a split step is that of one device to eight digits: no term is lost."""
 
 import dataclasses
 import importlib
