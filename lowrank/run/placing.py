@@ -43,7 +43,7 @@ class Placement:
 
 
 def marks(base: Frozen, where: Mapping[str, Sharding]) -> dict[str, str]:
-    """Digests of a base, those of two trees are equal if their numbers are.
+    """Digests of a base, by which two trees are told apart that hold other numbers.
 
     Of several processes, each looks at what its own devices hold, or are to hold.
 

@@ -28,13 +28,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lowrank.core.arrays import PyTree
-from lowrank.core.errors import PREEMPTED, BadInput
+from lowrank.core.errors import BAD_INPUT, PREEMPTED, BadInput
 from lowrank.core.spec import spec
 
 #: Seconds that a process which failed by itself waits for others that did the same.
 _FAILED_SECONDS = 5.0
 #: Seconds that one which has ended well waits for the first to finish its records.
 _ENDED_SECONDS = 600.0
+#: Seconds that JAX would wait longer for others than asked for.
+_LONGER_SECONDS = 30
 #: Seconds that processes may be apart: one compiles or reads what others found ready.
 _APART_SECONDS = 3600.0
 #: Of the next barrier; all processes count alike.
@@ -111,7 +113,8 @@ def begin(asked: Processes) -> None:
     """Finds the other processes; before anything asks for a device.
 
     Raises:
-      BadInput: The cluster says nothing, or the coordinator is not reached.
+      BadInput: The cluster says nothing, or the coordinator is not reached. Where
+        others do not come, the process says so and ends with that code.
     """
     if asked.count == 1 or jax.distributed.is_initialized():
         return
@@ -121,6 +124,10 @@ def begin(asked: Processes) -> None:
     # fewer threads than devices, all of them may wait for good.
     if (devices := getattr(jax.config, _CPU_DEVICES)) > 1:
         os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 4 * devices)))
+    # JAX would end this process without a word of who is missing.
+    patience = threading.Timer(asked.wait_seconds, _give_up, (asked,))
+    patience.daemon = True
+    patience.start()
     known = {
         "coordinator_address": asked.coordinator,
         "num_processes": asked.count,
@@ -130,7 +137,7 @@ def begin(asked: Processes) -> None:
         jax.distributed.initialize(
             **known,
             cluster_detection_method=None if asked.count is None else "deactivate",
-            initialization_timeout=asked.wait_seconds,
+            initialization_timeout=asked.wait_seconds + _LONGER_SECONDS,
             heartbeat_timeout_seconds=asked.heartbeat_seconds,
             shutdown_timeout_seconds=round(_ENDED_SECONDS),
         )
@@ -140,11 +147,27 @@ def begin(asked: Processes) -> None:
             f"({error}); start them by srun, mpirun or on Cloud TPU, give "
             "processes=manual with count, index and coordinator, or processes=one"
         ) from None
+    finally:
+        patience.cancel()
     logging.getLogger("lowrank").info(
         "process %d of %d, %d devices here, %d together",
         jax.process_index(), jax.process_count(),
         jax.local_device_count(), jax.device_count(),
     )  # fmt: skip
+
+
+def _give_up(asked: Processes) -> NoReturn:
+    """Ends this process, whose main thread waits inside JAX for others to come."""
+    others = "all others" if asked.count is None else f"the other {asked.count - 1}"
+    own = "" if asked.index is None else f" {asked.index}"
+    sys.stderr.write(
+        f"BadInput: process{own} has waited processes.wait_seconds = "
+        f"{asked.wait_seconds} for {others}, and not all have come. Start every one of "
+        "them, each with its own processes.index, and see that they reach the first "
+        "one; or give them more time\n"
+    )
+    sys.stderr.flush()
+    os._exit(BAD_INPUT)
 
 
 def _reach(asked: Processes) -> None:

@@ -51,3 +51,12 @@ def test_nobody_is_there(crew, tmp_path):
     assert crew.codes()[1] == 2, crew.said(1)
     assert "does not reach processes.coordinator" in crew.said(1)
     assert "processes.wait_seconds = 3" in crew.said(1)
+
+
+def test_one_does_not_come(crew, tmp_path):
+    waits = ["processes.wait_seconds=5"]
+    crew.start(2, tmp_path / "run", each=(waits, waits))
+    crew.children[1].kill()
+    assert crew.codes()[0] == 2, crew.said(0)
+    assert "has waited processes.wait_seconds = 5 for the other 1" in crew.said(0)
+    assert not (tmp_path / "run").exists()
