@@ -129,3 +129,22 @@ def test_what_it_cannot_measure_is_refused_at_once(wrong):
 def test_a_base_that_is_not_there_is_a_clear_error(capsys):
     assert ranks.main(["--base", "/nowhere", "--rounds", "1"]) != 0
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_no_arm_comes_behind_itself(monkeypatch):
+    """It would find in the caches what it has just written."""
+    order = []
+
+    class Arm:
+        def __init__(self, name):
+            self.step = lambda: order.append(name)
+
+    made = map(Arm, ("full", "final"))
+    monkeypatch.setattr(ours, "lora", lambda *_: next(made))
+    monkeypatch.setattr(ours, "choosing", lambda *_: Arm("choosing"))
+    found = ranks.measure(SETTING, None, ["norm"], 3)
+    assert len(found["times"]["norm"]) == 3
+    # Before them each warms up alone.
+    timed = order[3 * ranks.STEPS :]
+    assert all(timed.count(name) == 3 * ranks.STEPS for name in {*timed})
+    assert all(one != other for one, other in itertools.pairwise(timed))

@@ -131,13 +131,23 @@ def measure(
     for turn in range(rounds):
         taken = dict.fromkeys(arms, 0.0)
         for step in range(STEPS):
-            for name in list(arms)[:: -1 if (turn + step) % 2 else 1]:
+            for name in _in_order(list(arms), turn + step):
                 began = time.perf_counter()
                 arms[name].step()
                 taken[name] += time.perf_counter() - began
         for name, seconds in taken.items():
             times[name].append(seconds / STEPS)
     return {"shape": setting.shape, "held": setting.rank, "end": rank, "times": times}
+
+
+def _in_order(arms: Sequence[str], number: int) -> list[str]:
+    """The arms, each the first one in its turn.
+
+    Never is one behind itself, as the ends are where the order goes to and fro: what it
+    has just written is then still in the caches, and it seems faster.
+    """
+    first = number % len(arms)
+    return [*arms[first:], *arms[:first]]
 
 
 def beside(found: dict[str, Any], name: str, other: str = FULL) -> dict[str, float]:
