@@ -124,7 +124,7 @@ def begin(asked: Processes) -> None:
     # fewer threads than devices, all of them may wait for good.
     if (devices := getattr(jax.config, _CPU_DEVICES)) > 1:
         os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 4 * devices)))
-    # JAX would end this process without a word of who is missing.
+    # JAX would abort this process, with a stack trace in place of a remedy.
     patience = threading.Timer(asked.wait_seconds, _give_up, (asked,))
     patience.daemon = True
     patience.start()
