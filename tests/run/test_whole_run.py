@@ -211,7 +211,7 @@ def test_the_base_is_not_changed(world, finished, monkeypatch):
 
     seen = iter(["before", "after"])
     monkeypatch.setattr(packs, "ship", vandal)
-    monkeypatch.setattr(packs, "fingerprint", lambda tree: next(seen))
+    monkeypatch.setattr(packs, "marks", lambda tree, where: next(seen))
     directory = world.runs / "vandal"
     with pytest.raises(Corrupt, match="base changed"):
         run_trial(world.config(f"run.directory={directory}"))
