@@ -25,6 +25,16 @@ def wide(dtype: Any) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def without_ones(x: Float[Array, "*rows width"]) -> Float[Array, "*more width"]:
+    """`x` without those axes before the last that have one entry.
+
+    XLA:CPU (jaxlib 0.10) takes several times as long to multiply and sum along an axis
+    where another has one entry: that of a batch of one row, of one token, or of every
+    example by itself. Without such axes this is `x`.
+    """
+    return x.reshape(*(n for n in x.shape[:-1] if n != 1), x.shape[-1])
+
+
 @jax.custom_jvp
 def gelu(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     r"""The exact GELU, :math:`x \Phi(x)` with the normal distribution's Phi.
@@ -228,13 +238,14 @@ class LayerNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "batch seq d_model"]
     ) -> Float[Array, "batch seq d_model"]:
-        width = x.shape[-1:]
+        width, shape = x.shape[-1:], x.shape
         scale = self.param("scale", nn.initializers.ones, width)
         bias = self.param("bias", nn.initializers.zeros, width)
-        x = x.astype(wide(self.dtype))
+        x = without_ones(x.astype(wide(self.dtype)))
         x -= x.mean(axis=-1, keepdims=True)
         x *= lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale[None, None] + bias[None, None]).astype(self.dtype)
+        along = lambda vector: jnp.expand_dims(vector, range(x.ndim - 1))
+        return (x * along(scale) + along(bias)).astype(self.dtype).reshape(shape)
 
 
 class RMSNorm(nn.Module):
@@ -258,13 +269,14 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         fresh = nn.initializers.zeros if self.offset else nn.initializers.ones
+        shape = x.shape
         scale = self.param("scale", fresh, x.shape[-1:])
+        x = without_ones(x.astype(wide(self.dtype)))
         scale = jnp.expand_dims(scale, range(x.ndim - 1))
         if self.offset:
             scale = 1.0 + scale
-        x = x.astype(wide(self.dtype))
         x *= lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.dtype)
+        return (x * scale).astype(self.dtype).reshape(shape)
 
 
 def add_and_norm(module: Any, x: Array, y: Array) -> Array:

@@ -1,5 +1,7 @@
 """Activations, masks and layer norms keep their equations and their dtypes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,12 @@ from lowrank.models.blocks import (
     ACTIVATIONS,
     MASKED,
     LayerNorm,
+    RMSNorm,
     gelu,
     mask_bias,
     softmax,
     wide,
+    without_ones,
 )
 
 X = jnp.linspace(-6.0, 6.0, 241)
@@ -98,3 +102,53 @@ def test_layer_norm_is_exact_far_from_zero():
     narrow = LayerNorm(0.5, jnp.bfloat16).apply({"params": params}, jnp.float32(x))
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_allclose(narrow.astype("f"), got, atol=0.03)
+
+
+NORMS = [LayerNorm(1e-6, jnp.float32), RMSNorm(1e-6, jnp.float32)]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=["layer", "rms"])
+@pytest.mark.parametrize("shape", [(1, 5, 8), (5, 1, 8), (1, 1, 8)])
+def test_an_axis_of_one_changes_no_number_of_a_norm(norm, shape):
+    params = {"scale": jnp.linspace(0.5, 2.0, 8), "bias": jnp.linspace(-1.0, 1.0, 8)}
+    x = jax.random.normal(jax.random.key(3), shape)
+    pull = jax.random.normal(jax.random.key(4), shape)
+
+    def loss(params, x, pull):
+        return jnp.vdot(norm.apply({"params": params}, x), pull)
+
+    ours = jax.grad(loss, argnums=(0, 1))(params, x, pull)
+    # Beside a row of zeros, which has no part in the loss, nothing has one entry alone.
+    beside = lambda x: jnp.pad(x, [(0, 1), (0, 1), (0, 0)])
+    trained, moved = jax.grad(loss, argnums=(0, 1))(params, beside(x), beside(pull))
+    assert norm.apply({"params": params}, x).shape == shape
+    # Float32 sums of at most 8 numbers of order one, in whatever order.
+    cut = moved[: shape[0], : shape[1]]
+    wanted = jax.tree.leaves((trained, cut))
+    for got, want in zip(jax.tree.leaves(ours), wanted, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=["layer", "rms"])
+def test_examples_by_themselves_are_summed_over_no_axis_of_one(norm):
+    params = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
+
+    def pulled(x, pull):
+        back = jax.vjp(lambda x: norm.apply({"params": params}, x), x[None])[1]
+        return back(pull[None])
+
+    x = jnp.ones((4, 5, 8))
+    text = jax.jit(jax.vmap(pulled)).lower(x, x).as_text()
+    summed = re.findall(r"stablehlo.reduce.*\(tensor<([\dx]*)xf32>", text)
+    assert summed.count("4x5x8") >= 2, "the mean of squares, and the slope of it"
+    assert not [shape for shape in summed if "x1x" in shape]
+
+
+def test_nothing_but_axes_of_one_is_left_out():
+    keep = lambda *shape: without_ones(jnp.zeros(shape)).shape
+    assert keep(2, 3, 4) == (2, 3, 4)
+    assert keep(1, 3, 4) == (3, 4)
+    assert keep(2, 1, 3, 1) == (2, 3, 1), "the last one is summed along"
+    assert keep(1, 1, 1) == (1,)
+    x = jnp.arange(6.0).reshape(2, 1, 3)
+    np.testing.assert_array_equal(without_ones(x), x[:, 0])

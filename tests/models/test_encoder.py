@@ -168,6 +168,9 @@ def test_pooling_takes_what_it_says():
         pooled = Classifier(SPEC, CLASSES, pooling=pooling)
         got = run(pooled, params, batch, method="features")
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=pooling)
+        alone = {name: x[1:2] for name, x in batch.items()}
+        got = run(pooled, params, alone, method="features")
+        np.testing.assert_allclose(got, want[1:2], atol=1e-5, err_msg=pooling)
 
 
 def test_a_fresh_head_is_zero_so_no_class_is_preferred():
