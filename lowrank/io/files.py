@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,8 @@ from lowrank.core.errors import BadInput, CannotWrite, Corrupt
 from lowrank.track.jsonl import encode_number
 
 LOCK_NAME = ".lock"
+#: How often, and after how long, the name of a lock's holder is looked for.
+_LOOKS, _LOOK_SECONDS = 20, 0.05
 #: The names of files and folders that are not whole yet.
 _UNFINISHED = re.compile(r"\.[a-z0-9_]{8}\..+\.tmp")
 
@@ -252,8 +255,7 @@ class Lock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.seek(0)
-            holder = " ".join(self._file.read().split()) or "an unnamed process"
+            holder = self._holder()
             self._file.close()
             raise CannotWrite(
                 f"{directory} is being written by {holder}. Wait for it, stop it, or "
@@ -266,6 +268,15 @@ class Lock:
         self._file.truncate()
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {now()}\n")
         self._file.flush()
+
+    def _holder(self) -> str:
+        """Who holds it, who says so a moment after it does."""
+        for _ in range(_LOOKS):
+            self._file.seek(0)
+            if named := " ".join(self._file.read().split()):
+                return named
+            time.sleep(_LOOK_SECONDS)
+        return "an unnamed process"
 
     def release(self) -> None:
         """Gives the directory up; safe to call twice."""

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from lowrank.core.errors import BadInput, CannotWrite, Corrupt, NonFinite, Preempted
+from lowrank.io import files
 from lowrank.io.environment import describe_source, redact_command
-from lowrank.io.files import write_json_atomically
+from lowrank.io.files import Lock, write_json_atomically
 from lowrank.io.record import Record
 from lowrank.io.seals import read_sealed, write_sealed
 from lowrank.io.view import load_record
@@ -188,6 +189,26 @@ def test_a_second_writer_in_this_process_is_refused(tmp_path):
             open_at(tmp_path, force=True)
         assert e.value.exit_code == 73
     open_at(tmp_path).close()
+
+
+def test_who_has_just_taken_a_lock_is_named_a_moment_later(tmp_path, monkeypatch):
+    lock, waited = Lock(tmp_path), []
+    lock.path.write_text("")
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            lock.path.write_text("pid 7 on a since then\n")
+
+    monkeypatch.setattr(files.time, "sleep", wait)
+    with pytest.raises(CannotWrite, match="being written by pid 7 on a since then"):
+        Lock(tmp_path)
+    assert len(waited) == 2
+    lock.path.write_text("")
+    with pytest.raises(CannotWrite, match="being written by an unnamed process"):
+        Lock(tmp_path)
+    assert sum(waited[2:]) == pytest.approx(1.0)
+    lock.release()
 
 
 @pytest.mark.fault(
