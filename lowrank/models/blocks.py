@@ -25,14 +25,15 @@ def wide(dtype: Any) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def without_ones(x: Float[Array, "*rows width"]) -> Float[Array, "*more width"]:
-    """`x` without those axes before the last that have one entry.
+def without_ones(x: Float[Array, "..."], last: int = 1) -> Float[Array, "..."]:
+    """`x` without those axes before the `last` ones that have one entry.
 
     XLA:CPU (jaxlib 0.10) takes several times as long to multiply and sum along an axis
     where another has one entry: that of a batch of one row, of one token, or of every
     example by itself. Without such axes this is `x`.
     """
-    return x.reshape(*(n for n in x.shape[:-1] if n != 1), x.shape[-1])
+    first = [n for n in x.shape[:-last] if n != 1]
+    return x.reshape(*first, *x.shape[-last:])
 
 
 @jax.custom_jvp

@@ -32,6 +32,7 @@ from lowrank.models.blocks import (
     SelfAttention,
     mask_bias,
     wide,
+    without_ones,
 )
 from lowrank.models.options import (
     PAIRED,
@@ -271,9 +272,7 @@ class Classifier(nn.Module):
         x = self.hidden(batch).astype(wide(self.dtype))
         if self.pooling == "mean":
             mask = jnp.asarray(batch["mask"])[:, :, None].astype(x.dtype)
-            # The sum of one row without its axis: see `without_ones`.
-            kept = (x * mask).squeeze(0) if len(x) == 1 else x * mask
-            total = kept.sum(axis=-2).reshape(len(x), -1)
+            total = without_ones(x * mask, last=2).sum(axis=-2).reshape(len(x), -1)
             return total / jnp.maximum(mask.sum(axis=1), 1.0)
         first = x[:, 0, :]
         return jnp.tanh(self.pooler(first)) if self.pooling == "pooler" else first

@@ -150,5 +150,7 @@ def test_nothing_but_axes_of_one_is_left_out():
     assert keep(1, 3, 4) == (3, 4)
     assert keep(2, 1, 3, 1) == (2, 3, 1), "the last one is summed along"
     assert keep(1, 1, 1) == (1,)
+    assert without_ones(jnp.zeros((1, 1, 4)), last=2).shape == (1, 4)
+    assert without_ones(jnp.zeros((2, 1, 4)), last=2).shape == (2, 1, 4)
     x = jnp.arange(6.0).reshape(2, 1, 3)
     np.testing.assert_array_equal(without_ones(x), x[:, 0])

@@ -173,6 +173,23 @@ def test_pooling_takes_what_it_says():
         np.testing.assert_allclose(got, want[1:2], atol=1e-5, err_msg=pooling)
 
 
+def test_the_mean_of_examples_by_themselves_is_over_no_axis_of_one():
+    """XLA:CPU would take ten times as long; see `blocks.without_ones`."""
+    batch = batch_of()
+    _, params = build(pooling="mean")
+    model = Classifier(SPEC, CLASSES, pooling="mean")
+
+    def alone(row):
+        one = {name: x[None] for name, x in row.items()}
+        return run(model, params, one, method="features")
+
+    text = jax.jit(jax.vmap(alone)).lower(batch).as_text()
+    summed = re.findall(r"stablehlo.reduce.*\(tensor<([\dx]*)xf32>", text)
+    width = SPEC.d_model
+    assert f"{BATCH}x{SEQ}x{width}" in summed
+    assert f"{BATCH}x1x{SEQ}x{width}" not in summed
+
+
 def test_a_fresh_head_is_zero_so_no_class_is_preferred():
     model = Classifier(SPEC, CLASSES)
     params = jax.jit(model.init)(jax.random.key(0), batch_of())["params"]
