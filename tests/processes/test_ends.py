@@ -78,8 +78,10 @@ def test_one_that_hangs_ends_all(crew, tmp_path, undisturbed, where):
     crew.start(2, directory, *LONG, limit, faults=hangs)
     wait_until(lambda: position(directory) >= 12, crew.children[0], 300)
     found = ended(crew, time.monotonic() + float(limit.partition("=")[2]))
-    assert set(found) <= {76, ABORTED}, crew.all_said()
-    assert 76 in found
+    assert found[1] in (76, ABORTED), crew.all_said()
+    # The one that waits may find its exchange broken before it ends by itself.
+    assert found[0] in (76, ABORTED, 1), crew.all_said()
+    assert 76 in found, crew.all_said()
     said = crew.all_said()
     assert "HANG: " in said
     assert words in said
