@@ -4,6 +4,7 @@ Between jax 0.10 and 0.12 `ClosedJaxpr` was merged into `Jaxpr` and `scan` renam
 its parameters. Everything else in this room uses public functions only.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.core
 from jax import lax
 from jax.extend import core as jex_core
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import AxisType
 
 Jaxpr = Any
 Literal = jex_core.Literal
@@ -71,6 +73,18 @@ def evaluate(
         changes["constvars"] = []
     done = jax.core.eval_jaxpr(jaxpr.replace(**changes), (), *given.values())
     return dict(zip(made, done, strict=True))
+
+
+def context(equation: Any) -> contextlib.AbstractContextManager[Any]:
+    """The mesh of an equation where its axes are explicit, else what there is.
+
+    A part of a program may be explicit about a mesh whose axes are automatic around it
+    (`jax.sharding.explicit_axes`).
+    """
+    mesh = equation.ctx.cur_abstract_mesh
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.use_abstract_mesh(mesh)
+    return contextlib.nullcontext()
 
 
 #: A value of which only the kind is known; it can be traced and not run.

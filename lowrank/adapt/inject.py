@@ -10,9 +10,10 @@ from lowrank.adapt.walk import RewriteRule, Walk
 RULES: Mapping[str, RewriteRule] = {
     **dict.fromkeys(
         ("convert_element_type", "copy", "copy_p", "name", "reduce_precision",
-         "sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast"),
+         "sharding_constraint", "pvary", "pcast"),
         rearrange.unary,
     ),
+    **dict.fromkeys(("reshard", "mesh_cast"), rearrange.lay),
     "optimization_barrier": rearrange.barrier,
     "transpose": rearrange.transpose,
     "reshape": rearrange.reshape,

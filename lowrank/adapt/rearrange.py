@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from lowrank.adapt import joined, views
 from lowrank.adapt.joined import Joined
@@ -29,6 +30,31 @@ def unary(walk: Walk, eqn: Any, operands: list[Any]):
             return None
         return _result(operands[0].map(change))
     return [change(operands[0])]
+
+
+def lay(walk: Walk, eqn: Any, operands: list[Any]):
+    """Where a weight lies on a mesh with explicit axes: its factors go along."""
+    (view,) = operands
+    if isinstance(view, Joined):
+        return None
+    where = eqn.params["dst_sharding"]
+    spec = [*where.spec, *[None] * (len(view.labels) - len(where.spec))]
+    names = dict(zip(view.labels, spec, strict=True))
+    weight = eqn.primitive.bind(view.weight, **eqn.params)
+
+    def put(part: Any, labels: Any) -> Any:
+        own = where.update(spec=PartitionSpec(*[names.get(t) for t in labels]))
+        return eqn.primitive.bind(part, **{**eqn.params, "dst_sharding": own})
+
+    parts = {
+        kind: {
+            name: put(part, view.part_labels(view.delta.axes[name]))
+            for name, part in getattr(view, kind).items()
+        }
+        for kind in ("factors", "dials")
+    }
+    rng = None if view.rng is None else put(view.rng, view.stacks)
+    return [view.replace(weight=weight, rng=rng, **parts)]
 
 
 def barrier(walk: Walk, eqn: Any, operands: list[Any]):

@@ -15,10 +15,11 @@ from jax import lax
 from jaxtyping import Array
 
 from lowrank.adapt.call import DotCall
-from lowrank.adapt.compat import Literal, evaluate, opened, stand_in
+from lowrank.adapt.compat import Literal, context, evaluate, opened, stand_in
 from lowrank.adapt.joined import Joined, views_in
 from lowrank.adapt.views import WeightView
 from lowrank.core.errors import BadInput
+from lowrank.deltas.contraction import has_explicit_axes
 
 #: (walk, equation, operands) -> results, or None where no factored form exists.
 RewriteRule = Callable[["Walk", Any, list[Any]], Sequence[Any] | None]
@@ -152,7 +153,8 @@ class Walk:
             operands = [read(v) for v in equation.invars]
             name = equation.primitive.name
             rule = self.rules.get(name)
-            results = rule(self, equation, operands) if rule else None
+            with context(equation):
+                results = rule(self, equation, operands) if rule else None
             if results is None:
                 arrays = [self.materialize(v, name) for v in operands]
                 plain = {
@@ -179,7 +181,8 @@ class Walk:
                 dims(batched), flops * view.trips, view.trips,
             )
         )  # fmt: skip
-        if self.lay is not None:
+        # A program with explicit axes has said itself where everything lies.
+        if self.lay is not None and not has_explicit_axes():
             return self._laid(call)
         if view.delta is None or self._stands_for(call):
             return call.product()

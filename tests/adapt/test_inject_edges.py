@@ -124,6 +124,33 @@ def test_an_explicit_mesh_with_either_axis_sharded(spec):
     assert oracle.leafwise(ours, dense) <= 1e-5
 
 
+def test_a_part_that_is_explicit_inside_automatic_axes():
+    """Factors go along where it says where its weights lie, keys of dropout as well."""
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
+    x, rules = X[:2], [Rule("w", LoRA(dropout=0.5), rank=2)]
+
+    def inside(w, x):
+        w = jax.sharding.reshard(w, P(None, "m"))
+        return jnp.tanh(jnp.matmul(x, w, out_sharding=P("d", "m")))
+
+    def apply(p, x):
+        where = (P("m", "d"), P("d"))
+        return jax.sharding.explicit_axes(inside, in_sharding=where)(p["w"], x)
+
+    def both(adapted):
+        loss = lambda t: jnp.sum(
+            adapted.apply({"w": W}, t, x, dials=dials, key=jax.random.key(1)) ** 2
+        )
+        return jax.jit(jax.value_and_grad(loss))(trained)
+
+    plain = attach(lambda p, x: jnp.tanh(x @ p["w"]), {"w": W}, x, rules=rules)
+    trained, dials = oracle.loud(plain, 2)
+    wanted = both(plain)
+    with jax.set_mesh(mesh):
+        found = both(attach(apply, {"w": W}, x, rules=rules))
+    assert oracle.leafwise(found, wanted) <= 1e-5
+
+
 def test_a_frozen_neighbour_may_be_anything():
     apply = lambda p, x: x @ (p["w"] * jnp.linalg.norm(p["v"], axis=0)[None])
     params = {"w": W, "v": W + 1}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from tiny_language import talking_run
 from tiny_run import composed
 
@@ -129,7 +130,7 @@ def decoder(talking):
     return of_problem(prepare(read(composed("config", *talking))))
 
 
-def plain_job(widen=lambda tree: tree):
+def plain_job(widen=lambda tree: tree, apply=None):
     """A function that nobody here wrote, split by patterns."""
     keys = jax.random.split(jax.random.key(3), 3)
     params = {
@@ -138,7 +139,7 @@ def plain_job(widen=lambda tree: tree):
         "out": jax.random.normal(keys[2], (16, 4)) / 4,
     }
 
-    def apply(params, batch):
+    def plain(params, batch):
         x = jnp.tanh(batch["x"] @ params["in"])
         body = lambda x, w: (x + jnp.tanh(x @ w), None)
         return jax.lax.scan(body, x, params["layers"]["w"])[0] @ params["out"]
@@ -154,7 +155,8 @@ def plain_job(widen=lambda tree: tree):
     ]
     batches, params = widen(batches), widen(params)
     example = {"x": batches[0]["x"]}
-    adapted = attach(apply, params, example, rules=[Rule("layers/w", LoRA(), 3, 6)])
+    rules = [Rule("layers/w", LoRA(), 3, 6)]
+    adapted = attach(apply or plain, params, example, rules=rules)
     rules = (("in", (None, "tensor")), ("layers/w", ("tensor", "fsdp")))
     options = {"loss": squared_error, "inputs": lambda batch: {"x": batch["x"]}}
     return Job(adapted, rules, batches, options)
@@ -207,6 +209,44 @@ def test_trials_have_devices_of_their_own_and_share_them_out_again(encoder):
     found, losses = encoder.fit(mesh, seeds)
     check_alike(found, wanted, losses, expected)
     assert expected[0][0] != expected[0][1] or expected[-1][0] != expected[-1][1]
+
+
+def explicit(params, batch):
+    """The function of `plain_job`, which says itself where everything lies."""
+    rows = ("fsdp", "data")
+
+    def inside(params, x):
+        at = lambda spec: {"out_sharding": P(rows, spec)}
+        x = jnp.tanh(jnp.matmul(x, params["in"], **at("tensor")))
+
+        def body(x, w):
+            w = jax.sharding.reshard(w, P("tensor", None))
+            y = jnp.tanh(jnp.matmul(x, w, **at(None)))
+            return x + jax.sharding.reshard(y, P(rows, "tensor")), None
+
+        x, _ = jax.lax.scan(body, x, params["layers"]["w"])
+        return jnp.matmul(x, params["out"], **at(None))
+
+    weights = {
+        "in": P(None, "tensor"),
+        "layers": {"w": P(None, "tensor", "fsdp")},
+        "out": P("tensor"),
+    }
+    own = jax.sharding.explicit_axes(inside, in_sharding=(weights, P(rows)))
+    return own(params, batch["x"])
+
+
+def test_a_function_may_be_explicit_about_the_mesh(plain):
+    mesh, seeds = MESHES["data 2 x fsdp 2 x tensor 2"], (0, 1)
+    own = {"ranks": Norm(**WINDOW)}
+    wanted, expected = plain.fit(seeds=seeds, **own)
+    with jax.set_mesh(mesh.build()):
+        found, losses = plain_job(apply=explicit).fit(mesh, seeds, **own)
+        logits = found.logits(plain.batches[0])
+    check_alike(found, wanted, losses, expected)
+    np.testing.assert_allclose(logits, wanted.logits(plain.batches[0]), atol=1e-5)
+    for path, dials in wanted.dials().items():
+        np.testing.assert_array_equal(found.dials()[path]["gate"], dials["gate"])
 
 
 def test_weights_factors_and_moments_lie_in_parts(encoder):
