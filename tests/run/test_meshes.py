@@ -203,10 +203,12 @@ def test_eight_devices_do_what_one_does(alone, family, mesh):
     assert bool(cut) == (mesh.data < 8)
 
 
-def test_trials_have_devices_of_their_own_and_share_them_out_again(encoder):
+@pytest.mark.parametrize("family", ["encoder", "decoder", "plain"])
+def test_trials_have_devices_of_their_own_and_share_them_out_again(alone, family):
+    job, *_ = alone[family]
     mesh, seeds = MeshSpec(trial=2, fsdp=2, tensor=2, small=0), (0, 1)
-    wanted, expected = encoder.fit(seeds=seeds)
-    found, losses = encoder.fit(mesh, seeds)
+    wanted, expected = job.fit(seeds=seeds)
+    found, losses = job.fit(mesh, seeds)
     check_alike(found, wanted, losses, expected)
     assert expected[0][0] != expected[0][1] or expected[-1][0] != expected[-1][1]
 
@@ -275,11 +277,12 @@ def test_every_device_computes_its_own_rows(encoder):
     assert "16" not in shapes, "activations of all rows are on every device"
 
 
+@pytest.mark.parametrize("family", ["encoder", "decoder", "plain"])
 @pytest.mark.parametrize("mesh", list(MESHES.values())[1:], ids=list(MESHES)[1:])
-def test_ranks_that_move_are_chosen_alike(encoder, mesh):
-    ranks = Norm(**WINDOW)
-    wanted, _ = encoder.fit(ranks=ranks)
-    found, _ = encoder.fit(mesh, ranks=ranks)
+def test_ranks_that_move_are_chosen_alike(alone, family, mesh):
+    job, ranks = alone[family][0], Norm(**WINDOW)
+    wanted, _ = job.fit(ranks=ranks)
+    found, _ = job.fit(mesh, ranks=ranks)
     for path, dials in wanted.dials().items():
         np.testing.assert_array_equal(found.dials()[path]["gate"], dials["gate"])
     history = [one.state.ranks["history"]["ranks"] for one in (found, wanted)]
