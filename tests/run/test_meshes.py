@@ -127,7 +127,7 @@ def talking(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder(talking):
-    return of_problem(prepare(read(composed("config", *talking))))
+    return of_problem(prepare(read(composed("config", *talking, "ranks=norm"))))
 
 
 def plain_job(widen=lambda tree: tree, apply=None):
