@@ -1,4 +1,4 @@
-"""The command: python -m experiments.ranks_protocol size=smoke|standard|full"""
+"""The command: python -m experiments.ranks_protocol size=smoke|standard|claims|full"""
 
 import logging
 import sys
