@@ -22,6 +22,7 @@ from jax.sharding import Sharding
 from lowrank.core.arrays import PyTree
 from lowrank.core.errors import BadInput, UnknownName, nearest
 from lowrank.core.trees import flatten, leaf_digest
+from lowrank.io.capacity import check_room
 from lowrank.io.safetensors import aligned
 from lowrank.sharding.mesh import bring
 
@@ -216,7 +217,7 @@ class Family:
 
         Raises:
           BadInput: A tensor of unknown purpose, a leaf without tensor, a wrong shape,
-            or one tensor under two names.
+            one tensor under two names, or more than the devices have room for.
         """
         leaves, _ = flatten(model)
         fresh = lambda path: self.new_head and path.startswith("head/")
@@ -245,6 +246,7 @@ class Family:
                 f"{listed(used - set(given))}. Check that config.json and weights "
                 f"belong together and that the model is of the {self.name} family."
             )
+        check_room(leaves, places, where)
         params, digests = {}, {}
         for path, tensors in plan.items():
             transpose = self.row(path).transpose

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lowrank.cost.room import GIB
 from lowrank.run.prepare import prepare
 from lowrank.run.preview import preview
 from lowrank.run.settings import Settings
@@ -19,7 +20,7 @@ from lowrank.run.sweep import SweepSpec
 from lowrank.sweeps.group import Trial, program, static_key
 from lowrank.sweeps.launch import Plan
 from lowrank.sweeps.plan import Planned
-from lowrank.sweeps.width import GIB, Memory, memory_limit
+from lowrank.sweeps.width import Memory, memory_limit
 
 #: Side and number of the products by which the device's speed is measured.
 _SIDE, _PRODUCTS = 1024, 5

@@ -4,10 +4,8 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-
-from lowrank.core import memory
 from lowrank.core.errors import BadInput
+from lowrank.cost.room import GIB, room
 from lowrank.run.settings import Settings
 from lowrank.run.sweep import SweepSpec
 from lowrank.sweeps.group import Trial
@@ -19,10 +17,6 @@ Memory = Callable[[Settings, Sequence[int]], Mapping[int, int | None]]
 #: Without `sweep.width`, no device has more trials of a pack: a lost pack loses the
 #: work of all its trials, and a device is full long before.
 WIDEST = 32
-#: The part of the memory that a step may fill. The rest is for what the estimate does
-#: not see: the interpreter, compiling, batches in flight, the best states' copies.
-SHARE_OF_HOST, SHARE_OF_DEVICE = 0.8, 0.9
-GIB = 2**30
 
 
 def remembered(needs: Memory) -> Memory:
@@ -40,20 +34,10 @@ def remembered(needs: Memory) -> Memory:
 
 
 def memory_limit(spec: SweepSpec, num_devices: int = 1) -> tuple[int | None, str]:
-    """Bytes that one device's part of a pack may need, and who says so.
-
-    Devices without memory of their own, as the cores of a CPU, share the machine's.
-    """
+    """Bytes that one device's part of a pack may need, and who says so."""
     if spec.memory_gib is not None:
         return int(spec.memory_gib * GIB), "sweep.memory_gib"
-    device = jax.local_devices()[0]
-    told = device.memory_stats() or {}
-    if "bytes_limit" in told:
-        return int(told["bytes_limit"] * SHARE_OF_DEVICE), f"{device.device_kind}"
-    host = memory.limit()
-    if host is None:
-        return None, "nothing"
-    return int(host * SHARE_OF_HOST / num_devices), "this machine or its control group"
+    return room(num_devices)
 
 
 def width(trials: Sequence[Trial], spec: SweepSpec, needs: Memory) -> int:
