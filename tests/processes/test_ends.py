@@ -62,6 +62,17 @@ def test_one_that_is_gone_takes_the_others_along(crew, tmp_path, undisturbed, ho
     close_runs(undisturbed, directory)
 
 
+def test_killed_it_goes_on_with_another_mesh(crew, tmp_path, undisturbed):
+    directory = tmp_path / "run"
+    crew.start(2, directory, *LONG, faults={1: [Fault("kill", "step", 20)]})
+    crew.children[1].join(300)
+    ended(crew, time.monotonic())
+    assert 0 < position(directory) < 72
+    other = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")
+    assert crew.run(2, directory, *LONG, *other) == [0, 0], crew.all_said()
+    close_runs(undisturbed, directory)
+
+
 #: Place and call; the limit; what the one that hangs says. A save takes as long as a
 #: compilation may.
 HANGS = {
