@@ -13,7 +13,7 @@ RULES: Mapping[str, RewriteRule] = {
          "sharding_constraint", "pvary", "pcast"),
         rearrange.unary,
     ),
-    **dict.fromkeys(("reshard", "mesh_cast"), rearrange.lay),
+    **dict.fromkeys(("reshard", "mesh_cast"), rearrange.place),
     "optimization_barrier": rearrange.barrier,
     "transpose": rearrange.transpose,
     "reshape": rearrange.reshape,

@@ -32,7 +32,7 @@ def unary(walk: Walk, eqn: Any, operands: list[Any]):
     return [change(operands[0])]
 
 
-def lay(walk: Walk, eqn: Any, operands: list[Any]):
+def place(walk: Walk, eqn: Any, operands: list[Any]):
     """Where a weight lies on a mesh with explicit axes: its factors go along."""
     (view,) = operands
     if isinstance(view, Joined):
