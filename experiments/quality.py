@@ -6,15 +6,17 @@ together and judged on the test split. The probe's constant is chosen and refitt
 on the same rows. Writes `experiments/results/quality_<task>.{json,md}`.
 """
 
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hydra import compose, initialize_config_dir
 
+from lowrank.core.errors import LowrankError, UnknownName, exit_code
 from lowrank.evaluate.stats import over_seeds
+from lowrank.io.files import write_json_atomically
 from lowrank.run.door import CONF, resolve
 from lowrank.run.prepare import prepare
 from lowrank.run.probe import run_probe
@@ -95,16 +97,23 @@ def _cell(value: dict[str, Any], scale: float) -> str:
     return f"{middle} [{', '.join(ends)}]"
 
 
-def main() -> None:
-    """Runs the studies named on the command line, or all of them."""
-    for task in sys.argv[1:] or TASKS:
-        found = study(task)
-        RESULTS.mkdir(exist_ok=True)
-        file = RESULTS / f"quality_{task}.json"
-        file.write_text(json.dumps(found, indent=2) + "\n")
-        file.with_suffix(".md").write_text(table(found))
-        print(table(found))
+def main(tasks: Sequence[str]) -> int:
+    """Runs the studies of these tasks, or all of them; returns the exit code."""
+    try:
+        if unknown := sorted(set(tasks) - set(TASKS)):
+            raise UnknownName(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+        for task in tasks or TASKS:
+            found = study(task)
+            RESULTS.mkdir(exist_ok=True)
+            file = RESULTS / f"quality_{task}.json"
+            write_json_atomically(file, found)
+            file.with_suffix(".md").write_text(table(found))
+            print(table(found))
+    except LowrankError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return exit_code(error)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
