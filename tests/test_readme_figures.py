@@ -142,7 +142,7 @@ def test_what_moving_ranks_cost():
     assert f"--recipes norm,fisher {asked}" in README
 
 
-@pytest.mark.parametrize("task", ["intents", "trec6"])
+@pytest.mark.parametrize("task", ["intents", "trec6", "digits"])
 def test_quality(task):
     found = results(f"quality_{task}")
     probe = interval(found["probe"]["accuracy"], 1, 100, "")
