@@ -6,17 +6,18 @@ together and judged on the test split. The probe's constant is chosen and refitt
 on the same rows. Writes `experiments/results/quality_<task>.{json,md}`.
 """
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from lowrank.core.errors import LowrankError, UnknownName, exit_code
+from experiments.bench.ending import reported
 from lowrank.evaluate.stats import over_seeds
-from lowrank.io.files import write_json_atomically
 from lowrank.run.door import CONF, resolve
 from lowrank.run.prepare import prepare
 from lowrank.run.probe import run_probe
@@ -66,7 +67,7 @@ def study(task: str) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: Mapping[str, Any]) -> str:
     """The study as Markdown: estimates over rows, and over seeds."""
     lines = [
         f"# {found['task']}: LoRA r=8 against the frozen probe",
@@ -97,23 +98,19 @@ def _cell(value: dict[str, Any], scale: float) -> str:
     return f"{middle} [{', '.join(ends)}]"
 
 
-def main(tasks: Sequence[str]) -> int:
-    """Runs the studies of these tasks, or all of them; returns the exit code."""
-    try:
-        if unknown := sorted(set(tasks) - set(TASKS)):
-            raise UnknownName(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
-        for task in tasks or TASKS:
-            found = study(task)
-            RESULTS.mkdir(exist_ok=True)
-            file = RESULTS / f"quality_{task}.json"
-            write_json_atomically(file, found)
-            file.with_suffix(".md").write_text(table(found))
-            print(table(found))
-    except LowrankError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return exit_code(error)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the studies of the tasks that are named; the exit code says how it went."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}; none: all")
+    tasks = parser.parse_args(arguments).tasks
+    if unknown := sorted(set(tasks) - set(TASKS)):
+        parser.error(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+    for task in tasks or TASKS:
+        file = RESULTS / f"quality_{task}.json"
+        if code := reported(partial(study, task), table, str(file)):
+            return code
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -13,7 +13,9 @@ def elsewhere(monkeypatch, tmp_path):
 
 def test_an_unknown_task_is_refused_before_any_is_run(monkeypatch, capsys):
     monkeypatch.setattr(quality, "study", lambda task: pytest.fail(task))
-    assert quality.main(["intents", "digit"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        quality.main(["intents", "digit"])
+    assert ended.value.code == 2
     told = capsys.readouterr().err
     assert "no task 'digit'; there are intents, trec6, digits" in told
 
