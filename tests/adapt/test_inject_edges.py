@@ -151,6 +151,36 @@ def test_a_part_that_is_explicit_inside_automatic_axes():
     assert oracle.leafwise(found, wanted) <= 1e-5
 
 
+def test_factors_lie_on_an_explicit_mesh_as_their_weight_does():
+    """Each axis that they have of it is split as it is, and the rank is whole."""
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
+    x, seen = X[:2], {}
+
+    def inside(w, x):
+        return jnp.matmul(x, jax.sharding.reshard(w, P("m", "d")), out_sharding=P())
+
+    def apply(p, x):
+        where = (P(), P(None, "m"))
+        return jax.sharding.explicit_axes(inside, in_sharding=where)(p["w"], x)
+
+    def look(program):
+        for equation in program.eqns:
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                look(inner)
+            if equation.primitive.name == "reshard":
+                (out,) = equation.outvars
+                seen[out.aval.shape] = out.aval.sharding.spec
+
+    with jax.set_mesh(mesh):
+        adapted = attach(apply, {"w": W}, x, rules=[Rule("w", LoRA(), rank=3)])
+        trained, dials = oracle.loud(adapted, 2)
+        run = lambda t: adapted.apply({"w": W}, t, x, dials=dials)
+        look(jax.make_jaxpr(run)(trained).jaxpr)
+    assert seen[6, 8] == P("m", "d")
+    assert seen[3, 6] == P(None, "m")
+    assert seen[3, 8] == P(None, "d")
+
+
 def test_a_frozen_neighbour_may_be_anything():
     apply = lambda p, x: x @ (p["w"] * jnp.linalg.norm(p["v"], axis=0)[None])
     params = {"w": W, "v": W + 1}
