@@ -69,17 +69,16 @@ def next_token(
     tokens need not exist at once.
 
     Args:
-      scores: "picked", the log-probability of the label; "mean", that of all tokens on
-        average; "correct", whether the label is the likeliest.
+      scores: "picked", the log-probability of the label; "correct", whether the label
+        is the likeliest.
       batch: "weight" of the same shape. Places of weight zero are not looked at.
-      constants: "label_smoothing".
+      constants: Not looked at: tokens have no label smoothing.
     """
+    del constants
     weight = batch["weight"].astype(jnp.float32)
-    smooth = constants["label_smoothing"]
     told = lambda name: _wide(jnp.where(weight > 0, scores[name], 0))
-    loss = -((1 - smooth) * told("picked") + smooth * told("mean"))
     return Sums(
-        jnp.sum(loss * weight),
+        -jnp.sum(told("picked") * weight),
         jnp.sum(weight),
         {"accuracy": jnp.sum(told("correct") * weight)},
     )

@@ -92,8 +92,27 @@ def test_the_token_table_that_is_the_head_as_well():
 
 def test_scores_in_pieces():
     pieces = {"method": "scores", "most_logits": 2 * SPEC.vocab_size}
-    _, apply, *rest = adapted_of("windows", "decoder/**/kernel", **pieces)
-    assert_merged(apply, *rest)
+    for rule in ("decoder/**/kernel", "**/token/embedding"):
+        _, apply, *rest = adapted_of("windows", rule, **pieces)
+        assert_merged(apply, *rest)
+
+
+@pytest.mark.parametrize("rule", ["decoder/**/kernel", "**/token/embedding"])
+def test_slopes_in_pieces_are_those_of_all_logits(rule):
+    found = []
+    for most in (2 * SPEC.vocab_size, 10**9):
+        pieces = {"method": "scores", "most_logits": most}
+        *_, adapted, frozen, trained = adapted_of("windows", rule, **pieces)
+
+        def loss(trained, frozen, adapted=adapted):
+            scores = adapted.apply(frozen, trained, BATCH)
+            return jnp.sum(jnp.where(BATCH["mask"], scores["picked"], 0))
+
+        # Compiled ahead, as steps are.
+        step = jax.jit(jax.grad(loss)).lower(trained, frozen).compile()
+        found.append(step(trained, frozen))
+    # Sums of some terms around one, in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *found)
 
 
 def test_what_is_read_with_a_cache_is_corrected_alike():

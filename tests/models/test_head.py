@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowrank.cost.count import jaxpr_flops
 from lowrank.models.head import label_scores, places_at_once
 
 # Primes: no other array has their shapes.
@@ -25,7 +26,6 @@ def test_scores_and_gradients_do_not_depend_on_the_pieces(pieces):
     found = scores(HIDDEN, TABLE, most)
     picked = np.take_along_axis(log_p, np.asarray(LABEL)[..., None], -1)[..., 0]
     np.testing.assert_allclose(found["picked"], picked, atol=1e-5)
-    np.testing.assert_allclose(found["mean"], log_p.mean(-1), atol=1e-5)
     np.testing.assert_array_equal(found["correct"], log_p.argmax(-1) == LABEL)
     loss = lambda h, t, m: jnp.sum(jnp.cos(scores(h, t, m)["picked"]))
     ours, whole = (
@@ -33,6 +33,63 @@ def test_scores_and_gradients_do_not_depend_on_the_pieces(pieces):
     )
     for one, other in zip(ours, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 14])
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_slopes_of_a_frozen_head_are_those_of_the_formula(pieces, cap):
+    def logits(x):
+        z = x @ TABLE
+        return z if cap is None else cap * jnp.tanh(z / cap)
+
+    def by_hand(hidden):
+        log_p = jax.nn.log_softmax(logits(hidden), axis=-1)
+        return jnp.take_along_axis(log_p, LABEL[..., None], -1)[..., 0]
+
+    def ours(hidden):
+        most = BATCH * SEQ * VOCAB // pieces
+        return label_scores(logits, hidden, LABEL, VOCAB, most)["picked"]
+
+    slope = lambda f: lambda x: jax.grad(lambda h: jnp.sum(jnp.cos(f(h))))(x)
+    many = jnp.stack([HIDDEN, -HIDDEN])
+    for run in (slope(ours), jax.jit(slope(ours))):
+        np.testing.assert_allclose(run(HIDDEN), slope(by_hand)(HIDDEN), atol=1e-5)
+    for one, other in zip(
+        jax.jit(jax.vmap(slope(ours)))(many), map(slope(by_hand), many), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_frozen_head_makes_two_products_and_a_trained_one_what_it_needs(pieces):
+    most = BATCH * SEQ * VOCAB // pieces
+    loss = lambda h, t: jnp.sum(scores(h, t, most)["picked"])
+    product = 2 * BATCH * SEQ * WIDTH * VOCAB
+    frozen = jax.jit(jax.value_and_grad(loss))
+    assert jaxpr_flops(frozen, HIDDEN, TABLE).flops == 2 * product
+    # Logits, both slopes, and in pieces the logits once more.
+    trained = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    wanted = (3 if pieces == 1 else 4) * product
+    assert jaxpr_flops(trained, HIDDEN, TABLE).flops == wanted
+
+
+def test_a_loss_that_reads_hits_alone_has_no_slope():
+    hits = jax.grad(lambda h: jnp.sum(scores(h, TABLE, 1)["correct"]))(HIDDEN)
+    np.testing.assert_array_equal(hits, 0)
+    both = jax.grad(lambda h, t: jnp.sum(scores(h, t, 1)["correct"]), argnums=(0, 1))
+    for slope in both(HIDDEN, TABLE):
+        np.testing.assert_array_equal(slope, 0)
+
+
+def test_slopes_are_of_the_type_of_the_states():
+    low, table = HIDDEN.astype(jnp.bfloat16), TABLE.astype(jnp.bfloat16)
+    logits = lambda x: (x @ table).astype(jnp.float32)
+    told = lambda h: jnp.sum(label_scores(logits, h, LABEL, VOCAB, 1)["picked"])
+    found = jax.grad(told)(low)
+    assert found.dtype == jnp.bfloat16
+    exact = jax.grad(lambda h: jnp.sum(scores(h, TABLE, 1)["picked"]))(HIDDEN)
+    # A few roundings of 2^-9 each, of numbers up to 4.
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=0.1)
 
 
 def test_all_logits_exist_only_if_they_may():
