@@ -24,10 +24,15 @@ logger = logging.getLogger(__name__)
 def inline(walk: Walk, eqn: Any, operands: list[Any]):
     """Calls: their body becomes part of the walk."""
     jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    if eqn.primitive.name == "custom_vjp_call" and _has_while(jaxpr):
-        # Only its own rule can derive it backwards, and that needs the weight.
-        return None
-    if eqn.primitive.name.startswith("custom_"):
+    corrected = any(view.delta is not None for view in views_in(operands))
+    if eqn.primitive.name == "custom_vjp_call":
+        if _has_while(jaxpr):
+            # Only its own rule can derive it backwards, and that needs the weight.
+            return None
+        if not corrected and not walk.shapes_only:
+            # Weights that nothing corrects are arrays to it, and its rule holds.
+            return None
+    if corrected and eqn.primitive.name.startswith("custom_"):
         logger.warning(
             "weights %s enter a function with its own derivative rule (%s); the rule "
             "is replaced by the derivative of its body",

@@ -1,6 +1,7 @@
 """Quantised leaves, mutable collections, keywords, meshes: the border of the walk."""
 
 import functools
+import logging
 
 import flax.linen as nn
 import jax
@@ -211,3 +212,27 @@ def test_a_loop_with_its_own_derivative_is_refused_or_exact_by_its_own_rule():
     with pytest.raises(BadInput, match=r"custom_vjp_call.*allow_dense=True"):
         attach(iterated, square, X, rules=RULES)
     equal(iterated, square, (X,), allow_dense=True)
+
+
+@pytest.mark.parametrize("lay", [None, lambda x: x])
+def test_a_rule_of_its_own_holds_for_weights_that_nothing_corrects(lay, caplog):
+    @jax.custom_vjp
+    def doubled(w, x):
+        return x @ w
+
+    # A rule that is no derivative shows whether it was used.
+    doubled.defvjp(lambda w, x: (x @ w, w), lambda w, dy: (None, 2 * dy @ w.T))
+    apply = lambda p, x: jnp.sum(doubled(p["frozen"], x @ p["w"]))
+    params = {"w": W, "frozen": W.T}
+    with caplog.at_level(logging.WARNING, "lowrank"):
+        adapted = attach(apply, params, X, rules=[Freeze("frozen"), *RULES])
+        frozen, trained = adapted.init(jax.random.key(0))
+        slope = jax.grad(lambda t: adapted.apply(frozen, t, X, lay=lay))(trained)
+    plain = lambda p, x: jnp.sum(x @ p["w"] @ p["frozen"])
+    other = attach(plain, params, X, rules=[Freeze("frozen"), *RULES])
+    once = jax.grad(lambda t: other.apply(frozen, t, X))(trained)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-5), slope, once
+    )
+    assert np.abs(once["w"]["b"]).max() > 0
+    assert not caplog.records
