@@ -26,11 +26,10 @@ def inline(walk: Walk, eqn: Any, operands: list[Any]):
     jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     corrected = any(view.delta is not None for view in views_in(operands))
     if eqn.primitive.name == "custom_vjp_call":
-        if _has_while(jaxpr):
-            # Only its own rule can derive it backwards, and that needs the weight.
-            return None
-        if not corrected and not walk.shapes_only:
-            # Weights that nothing corrects are arrays to it, and its rule holds.
+        # Weights that nothing corrects are arrays to it, and its own rule holds.
+        plain = not corrected and not walk.shapes_only
+        # Nothing else can derive a loop of unknown length, and that needs the weight.
+        if plain or _has_while(jaxpr):
             return None
     if corrected and eqn.primitive.name.startswith("custom_"):
         logger.warning(

@@ -66,6 +66,19 @@ def test_the_base_is_gathered_layer_by_layer_and_has_no_gradient():
     assert kinds <= {"all-gather", "collective-permute", "all-to-all"}
 
 
+def test_the_head_is_not_gathered_for_every_piece_of_its_logits(monkeypatch):
+    gathers = lambda report: sum(
+        row["times"] for row in report["exchanges"] if row["moves"] == "base"
+    )
+    whole = reported(*BOTH)
+    # One place of every row at a time: eight pieces.
+    monkeypatch.setattr("lowrank.io.shapes.MOST_LOGITS", 1)
+    pieces = rehearse(config(*BOTH))
+    # Once for all logits, and once for all slopes.
+    assert gathers(pieces) <= gathers(whole) + 1
+    assert pieces["flops"] == whole["flops"]
+
+
 def test_what_is_said_about_the_correction_grows_with_it():
     four, eight = (reported("mesh.data=8", f"delta.rank={n}") for n in (4, 8))
     assert sent(four, "base") == 0
