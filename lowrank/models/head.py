@@ -93,7 +93,7 @@ def label_scores(
         return in_pieces(one, states.value, label.value)
 
     def back(kept: Any, told: dict[str, Any]) -> tuple[Array, None, Any]:
-        if callable(kept):
+        if not isinstance(kept, Array):
             slope, of_weights = kept(jax.tree.map(_filled, told, is_leaf=_is_zero))
             return slope, None, of_weights
         share = _filled(told["picked"])[..., None]
