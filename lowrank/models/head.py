@@ -83,9 +83,9 @@ def label_scores(
             return jax.vjp(run, states.value, own)
 
         def one(states: Array, wanted: Array) -> tuple[dict[str, Array], Array]:
-            found, back = jax.vjp(lambda x: head(x, *own), states)
+            found, pull = jax.vjp(lambda x: head(x, *own), states)
             told, log_p = _scores(found, wanted)
-            (slope,) = back(
+            (slope,) = pull(
                 jax.nn.one_hot(wanted, vocab_size, dtype=log_p.dtype) - jnp.exp(log_p)
             )
             return told, slope
