@@ -37,7 +37,6 @@ def finished(world):
 def sweep(world, tmp_path, monkeypatch, capfd):
     """Gives a multirun's line: (exit code, stderr). Sweeps live under `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
     Seen.jobs.clear()
     where = [one for one in world.overrides() if not one.startswith("run.root")]
     watch = "+hydra.callbacks.seen._target_=fake_packs.Seen"

@@ -41,7 +41,6 @@ def call(monkeypatch, capfd):
     def called(door, *arguments):
         main = importlib.import_module(f"experiments.{door}").main
         monkeypatch.setattr(sys, "argv", [door, *arguments])
-        monkeypatch.setenv("COLUMNS", "300")
         capfd.readouterr()
         try:
             main()

@@ -323,7 +323,6 @@ def test_a_command_tells_the_ranks_and_the_line_it_gives_retrains(
 ):
     directory, _, config = run
     monkeypatch.setattr("sys.argv", ["ranks", f"directory={directory}"])
-    monkeypatch.setenv("COLUMNS", "300")
     ranks_door.main()
     shown = capfd.readouterr().out
     for name, rank in load_ranks(directory).final.items():

@@ -118,8 +118,7 @@ def test_a_search_tells_the_best_of_what_it_compiled():
     assert seconds == sorted(seconds)
 
 
-def test_the_door_writes_and_prints_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_the_door_writes_and_prints_json(tmp_path, capsys):
     out = tmp_path / "found.json"
     own = ("rehearse.format=json", f"rehearse.out={out}", *BOTH)
     run(config(*own), ["delta.rank=8"])

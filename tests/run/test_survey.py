@@ -170,7 +170,6 @@ def call(world, monkeypatch, capfd):
     def called(*arguments):
         main = importlib.import_module("experiments.sites").main
         monkeypatch.setattr(sys, "argv", ["sites", f"base={world.base}", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
         capfd.readouterr()
         try:
             main()

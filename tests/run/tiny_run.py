@@ -163,7 +163,6 @@ class World:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "WANDB_MODE": "offline",
             "HF_HUB_OFFLINE": "1",
-            "COLUMNS": "200",
         }
 
     def command(self, door, *arguments, **more):
